@@ -1,0 +1,118 @@
+"""One `Recipe` says everything that can be set; YAML files and the command line fill it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from slipstream.configs.errors import SlipstreamError
+
+
+@dataclass(frozen=True)
+class TargetSettings:
+    """The target model.
+
+    Attributes:
+        name: A model folder, a GGUF file, a hub id, or `smollm2-135m-instruct`.
+        dtype: `bfloat16`, `float16` or `float32`.
+        adapter: A peft adapter to merge into the target, folder or hub id.
+    """
+
+    name: str = "smollm2-135m-instruct"
+    dtype: str = "bfloat16"
+    adapter: str | None = None
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """What the head learns from.
+
+    Attributes:
+        conversations: JSON, JSONL or Parquet of `messages`; None is the set that ships with the package.
+        max_length: Longer conversations are cut, tokens.
+        batch_tokens: Padded tokens per micro-batch and process.
+    """
+
+    conversations: str | None = None
+    max_length: int = 512
+    batch_tokens: int = 4096
+
+
+@dataclass(frozen=True)
+class HeadSettings:
+    """The draft head.
+
+    Attributes:
+        draft_vocab_size: Tokens the head can propose: the most frequent ones of the assistant.
+        from_target: Start fc at the highest captured layer and lm_head at the target's own rows, not at random.
+    """
+
+    draft_vocab_size: int = 8192
+    from_target: bool = True
+
+
+@dataclass(frozen=True)
+class DistillSettings:
+    """What the head is asked to match.
+
+    Attributes:
+        steps: Unroll steps K of the training-time test.
+        step_decay: Weight of step k is `step_decay ** k`, over the sum of the weights.
+        objective: `forward_kl`, `total_variation`, `lk_alpha` or `lk_lambda`.
+        noise: Width of uniform noise on the target features.
+    """
+
+    steps: int = 4
+    step_decay: float = 0.8
+    objective: str = "lk_lambda"
+    noise: float = 0.0
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """How it learns.
+
+    Attributes:
+        max_steps: Optimizer steps; None derives them from `epochs`.
+        epochs: Passes over the data.
+        learning_rate: Peak of the cosine schedule.
+        betas: Of AdamW.
+        weight_decay: Of AdamW.
+        warmup: Share of the steps.
+        clip: Gradient norm.
+        accumulation: Micro-batches per optimizer step and process.
+        mixed_precision: `bf16` or `no`; weights stay fp32.
+        seed: Of initialisation, order and noise.
+        log_every: Steps between metric rows.
+        checkpoint_minutes: Minutes between checkpoints.
+        trackers: accelerate trackers beside `metrics.jsonl`: `wandb`, `tensorboard`.
+    """
+
+    max_steps: int | None = None
+    epochs: float = 2.0
+    learning_rate: float = 1e-3
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = 0.0
+    warmup: float = 0.03
+    clip: float = 0.5
+    accumulation: int = 1
+    mixed_precision: str = "bf16"
+    seed: int = 0
+    log_every: int = 10
+    checkpoint_minutes: float = 2.0
+    trackers: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("learning_rate", "clip", "accumulation", "log_every", "epochs"):
+            if not getattr(self, name) > 0:
+                raise SlipstreamError(f"train.{name} must be above 0, not {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A whole training run: `slipstream train --config recipe.yaml --section.field value`."""
+
+    target: TargetSettings = field(default_factory=TargetSettings)
+    data: DataSettings = field(default_factory=DataSettings)
+    head: HeadSettings = field(default_factory=HeadSettings)
+    distill: DistillSettings = field(default_factory=DistillSettings)
+    train: TrainSettings = field(default_factory=TrainSettings)

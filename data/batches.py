@@ -1,0 +1,75 @@
+"""Micro-batches of whole conversations: of similar length, padded on the right, in an order the seed fixes."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+_POOL = 64  # conversations of a pool of this many batches are sorted by length
+
+
+class Batch(NamedTuple):
+    """`input_ids` [B, L] padded on the right with 0, and the assistant's `mask`, bool [B, L]."""
+
+    input_ids: Tensor
+    mask: Tensor
+
+
+class Batches:
+    """Endless micro-batches over a tokenized data set.
+
+    `batches[i]` depends on nothing but the seed and i, so that a resumed run, or one of several processes, reads exactly
+    what it should.
+    """
+
+    def __init__(self, tokens: Dataset, batch_tokens: int, seed: int) -> None:
+        self.tokens = tokens
+        self.batch_tokens = batch_tokens
+        self.seed = seed
+        self.lengths = np.array([len(ids) for ids in tokens["input_ids"]])
+        self._epochs: dict[int, list[list[int]]] = {}
+        self.per_epoch = len(self._plan(0))
+
+    def _plan(self, epoch: int) -> list[list[int]]:
+        """Row indices of each batch of an epoch."""
+        if epoch not in self._epochs:
+            draw = np.random.default_rng([self.seed, epoch])
+            order = draw.permutation(len(self.lengths))
+            pool = _POOL * max(1, self.batch_tokens // int(self.lengths.max()))
+            plan: list[list[int]] = []
+            for start in range(0, len(order), pool):
+                rows = order[start : start + pool]
+                rows = rows[np.argsort(self.lengths[rows], kind="stable")]
+                batch: list[int] = []
+                for row in rows.tolist():
+                    if batch and (len(batch) + 1) * self.lengths[row] > self.batch_tokens:
+                        plan.append(batch)
+                        batch = []
+                    batch.append(row)
+                plan.append(batch)
+            self._epochs = {epoch: [plan[i] for i in draw.permutation(len(plan))]}
+        return self._epochs[epoch]
+
+    def __getitem__(self, index: int) -> Batch:
+        # Epochs differ a little in their number of batches; index counts in units of the first epoch's.
+        epoch, place = divmod(index, self.per_epoch)
+        plan = self._plan(epoch)
+        return collate(self.tokens, plan[place % len(plan)])
+
+
+def collate(tokens: Dataset, rows: list[int]) -> Batch:
+    """The batch of the given rows."""
+    picked = [tokens[i] for i in rows]
+    length = max(len(row["input_ids"]) for row in picked)
+    ids = torch.zeros(len(picked), length, dtype=torch.long)
+    mask = torch.zeros(len(picked), length, dtype=torch.bool)
+    for i, row in enumerate(picked):
+        ids[i, : len(row["input_ids"])] = torch.as_tensor(row["input_ids"])
+        mask[i, : len(row["mask"])] = torch.as_tensor(row["mask"]).bool()
+    return Batch(ids, mask)

@@ -1,0 +1,87 @@
+"""Append-only JSON lines that survive a kill: work is written in units, and a torn unit is dropped on opening."""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import TYPE_CHECKING, Any
+
+from slipstream.configs.errors import SlipstreamError
+from slipstream.configs.files import write_atomic
+
+if TYPE_CHECKING:
+    from pathlib import Path
+    from types import TracebackType
+
+
+class Journal:
+    """A JSONL file whose rows came in numbered units, each written at once and synced.
+
+    Every row carries `"unit": [number, index, size]`; a unit counts when all its rows are there. What made the file is
+    kept beside it (`NAME.settings.json`), so that a file is never continued with other settings.
+
+    Raises:
+        SlipstreamError: If the file was made with other settings.
+    """
+
+    def __init__(self, path: Path, settings: dict[str, Any]) -> None:
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside = path.with_name(path.name + ".settings.json")
+        if path.exists() and beside.exists():
+            before = json.loads(beside.read_text())
+            changed = [k for k in {**before, **settings} if before.get(k) != settings.get(k)]
+            if changed:
+                raise SlipstreamError(
+                    f"{path} was made with {changed[0]}={before.get(changed[0])!r}, not {settings.get(changed[0])!r}; "
+                    "give another --out, or the settings it was begun with"
+                )
+        write_atomic(beside, json.dumps(settings, indent=2))
+        self._units = self._recover()
+        self._file = path.open("a", encoding="utf-8")
+
+    def _recover(self) -> dict[int, list[dict[str, Any]]]:
+        units: dict[int, list[dict[str, Any]]] = {}
+        lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines() if self.path.exists() else []
+        for line in lines:
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError:
+                continue  # torn by a kill; its unit is incomplete and goes with it
+            units.setdefault(row["unit"][0], []).append(row)
+        whole = {k: rows for k, rows in units.items() if len(rows) == rows[0]["unit"][2]}
+        kept = [row for rows in whole.values() for row in rows]
+        if len(kept) < len(lines):
+            write_atomic(self.path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))
+        return whole
+
+    @property
+    def units(self) -> set[int]:
+        """Numbers of the complete units."""
+        return set(self._units)
+
+    @property
+    def next_unit(self) -> int:
+        """The number after the highest complete unit."""
+        return max(self._units, default=-1) + 1
+
+    def rows(self) -> list[dict[str, Any]]:
+        """All rows of complete units, in the order of their units."""
+        return [row for unit in sorted(self._units) for row in self._units[unit]]
+
+    def append(self, unit: int, rows: list[dict[str, Any]]) -> None:
+        """Write one unit; on return it is on disk."""
+        rows = [{**row, "unit": [unit, i, len(rows)]} for i, row in enumerate(rows)]
+        self._file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        if rows:
+            self._units[unit] = rows
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()

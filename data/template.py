@@ -1,0 +1,108 @@
+"""What the chat template itself says: turn openings, prompts and assistant spans. No list of named templates."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from os.path import commonprefix
+from typing import TYPE_CHECKING, Any
+
+from slipstream.configs.errors import SlipstreamError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Message = dict[str, str]
+
+_PROBE = "SLIPSTREAMPROBE"  # no template writes this word by itself
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """One conversation as token ids with the mask of what the assistant wrote.
+
+    Attributes:
+        input_ids: Token ids, length L.
+        assistant_mask: Length L, 1 where the token was written by the assistant (its end-of-turn token included).
+    """
+
+    input_ids: list[int]
+    assistant_mask: list[int]
+
+
+def render_text(tokenizer: PreTrainedTokenizerBase, messages: list[Message], *, prompt: bool, **options: Any) -> str:
+    """Render messages to text; with `prompt`, ending where the assistant's next turn begins.
+
+    Raises:
+        SlipstreamError: If the tokenizer has no chat template, or the template refuses the messages.
+    """
+    if not tokenizer.chat_template:
+        raise SlipstreamError(
+            f"{tokenizer.name_or_path or 'the tokenizer'} has no chat template; set tokenizer.chat_template"
+        )
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt, **options)
+    except Exception as error:  # jinja2 raises whatever the template's author chose
+        raise SlipstreamError(f"the chat template refuses these messages: {error}") from error
+    assert isinstance(text, str)
+    return text
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Token ids of text that already carries its special tokens."""
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, messages: list[Message], **options: Any) -> list[int]:
+    """Token ids up to and including the opening of the assistant's next turn."""
+    return encode(tokenizer, render_text(tokenizer, messages, prompt=True, **options))
+
+
+def user_turn(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """Token ids that open a user's first turn, and the ids that end it.
+
+    A target sampled after the opening writes prompts of the kind it was trained on (Magpie, arXiv 2406.08464).
+    """
+    text = render_text(tokenizer, [{"role": "user", "content": _PROBE}], prompt=True)
+    before, found, after = text.partition(_PROBE)
+    if not found:
+        raise SlipstreamError("the chat template drops the user's message; prompts cannot be synthesized with it")
+    return encode(tokenizer, before), encode(tokenizer, after)[:1]
+
+
+def render(tokenizer: PreTrainedTokenizerBase, messages: list[Message], **options: Any) -> Rendered:
+    """Tokenize a conversation and mark the assistant's tokens, from the template alone.
+
+    Each assistant message is replaced by a probe in turn; what surrounds the probe is the template's, what stands in
+    its place in the real rendering is the assistant's. The end-of-turn token counts as the assistant's where it is a
+    special token; text that a template puts behind it does not.
+
+    Worked example (ChatML): messages `[user "Hi", assistant "Yo"]` render to
+    `<|im_start|>user\\nHi<|im_end|>\\n<|im_start|>assistant\\n` + `Yo<|im_end|>` + `\\n`; the mask is 1 on
+    `Yo<|im_end|>` only.
+
+    Raises:
+        SlipstreamError: If the template drops an assistant message.
+    """
+    whole = render_text(tokenizer, messages, prompt=False, **options)
+    ids: list[int] = []
+    mask: list[int] = []
+    done = 0
+    for i, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        probed = [*messages[:i], {**message, "content": _PROBE}, *messages[i + 1 :]]
+        before, found, after = render_text(tokenizer, probed, prompt=False, **options).partition(_PROBE)
+        if not found:
+            raise SlipstreamError(f"the chat template drops the assistant's message {i}; its tokens cannot be found")
+        start = max(done, len(commonprefix([before, whole])))  # noqa: RUF071 (characters are meant)
+        end = len(whole) - len(commonprefix([after[::-1], whole[::-1]]))  # noqa: RUF071
+        outside, inside = encode(tokenizer, whole[done:start]), encode(tokenizer, whole[start:end])
+        closing = encode(tokenizer, whole[end:])[:1]
+        if closing and closing[0] in tokenizer.all_special_ids:
+            inside += closing
+            end += len(tokenizer.decode(closing))
+        ids += outside + inside
+        mask += [0] * len(outside) + [1] * len(inside)
+        done = end
+    rest = encode(tokenizer, whole[done:])
+    return Rendered(ids + rest, mask + [0] * len(rest))

@@ -1,0 +1,86 @@
+"""A head's folder: made, written and read as a whole."""
+
+from __future__ import annotations
+
+import json
+import platform
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+
+from slipstream.configs.errors import SlipstreamError
+from slipstream.configs.files import folder_atomic
+from slipstream.distill.draft import DraftConfig, DraftHead
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from slipstream.distill.target import Target
+
+
+def versions() -> dict[str, str]:
+    """Versions that a result depends on."""
+    names = ("torch", "transformers", "accelerate", "datasets", "slipstream")
+    return {"python": platform.python_version(), **{name: version(name) for name in names}}
+
+
+def new_head(target: Target, vocabulary: Tensor, *, seed: int, from_target: bool) -> DraftHead:
+    """A head for `target`, before training.
+
+    Args:
+        target: Width, head size, rope, norms and layers are taken from it.
+        vocabulary: Target ids of the draft vocabulary, [Vd].
+        seed: Of the random weights.
+        from_target: Start `lm_head` at the target's own rows and `fc` at the highest captured layer, so that the
+            untrained head already reads the target's late state through the target's own output matrix.
+    """
+    config = DraftConfig.for_target(target, len(vocabulary))
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        head = DraftHead(config)
+    head.set_vocabulary(vocabulary)
+    if from_target:
+        output = target.model.get_output_embeddings()
+        with torch.no_grad():
+            head.fc.weight.mul_(0.1)
+            head.fc.weight[:, -config.target_hidden_size :] += torch.eye(config.hidden_size, config.target_hidden_size)
+            if output is not None and output.weight.shape[1] == config.hidden_size:
+                head.lm_head.weight.copy_(output.weight[vocabulary.to(output.weight.device)].float())
+    return head
+
+
+def save_head(head: DraftHead, folder: Path, provenance: dict[str, Any]) -> None:
+    """Write config, weights and provenance, all or nothing."""
+    with folder_atomic(folder) as temporary:
+        head.save_pretrained(temporary)
+        (temporary / "provenance.json").write_text(json.dumps({**provenance, "versions": versions()}, indent=2) + "\n")
+
+
+def load_head(
+    folder: str | Path, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+) -> DraftHead:
+    """Read a head from its folder, or from the hub.
+
+    Raises:
+        SlipstreamError: If there is none, or a tensor is missing, unexpected or unreadable.
+    """
+    path = Path(folder).expanduser()
+    if path.exists() and not (path / "config.json").is_file():
+        raise SlipstreamError(f"{path} holds no draft head: config.json is missing")
+    if not path.exists() and str(folder).count("/") != 1:
+        raise SlipstreamError(f"draft head {str(folder)!r} does not exist")
+    place = str(path) if path.exists() else str(folder)
+    try:
+        head, info = DraftHead.from_pretrained(place, dtype=dtype, output_loading_info=True)
+    except (OSError, SafetensorError) as error:
+        raise SlipstreamError(f"draft head {str(folder)!r} cannot be read: {str(error).splitlines()[0]}") from error
+    for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if info[what]:
+            raise SlipstreamError(
+                f"draft head {str(folder)!r}: {what.replace('_', ' ')} {sorted(map(str, info[what]))}"
+            )
+    head.eval().requires_grad_(False)
+    return head.to(device)

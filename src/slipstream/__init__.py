@@ -1,0 +1,71 @@
+"""slipstream: draft heads that ride on a target's hidden states, decoded in trees, verified exactly or by margin.
+
+import slipstream
+
+decoder = slipstream.load(target, draft)
+out = decoder.generate(input_ids, max_new_tokens=256, verify="exact")
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from slipstream.configs.errors import SlipstreamError
+from slipstream.decode.drafters import Drafter, HeadDrafter, NoDrafter
+from slipstream.decode.engine import Decoder, Generation
+from slipstream.decode.policy import Policy
+from slipstream.decode.tree import TreeShape
+from slipstream.decode.verify import Verifier
+from slipstream.distill.draft import DraftConfig, DraftHead
+from slipstream.distill.heads import load_head, save_head
+from slipstream.distill.target import Target, load_target
+
+__all__ = [
+    "Decoder",
+    "DraftConfig",
+    "DraftHead",
+    "Generation",
+    "Policy",
+    "SlipstreamError",
+    "Target",
+    "TreeShape",
+    "Verifier",
+    "load",
+    "load_head",
+    "load_target",
+    "save_head",
+]
+
+
+def load(
+    target: str | Path | Target,
+    draft: str | Path | DraftHead = "none",
+    *,
+    dtype: torch.dtype | str = torch.bfloat16,
+    device: str | torch.device = "cpu",
+) -> Decoder:
+    """A decoder from a target and a draft; the policy comes from the draft's `decode.json`.
+
+    Args:
+        target: A folder, GGUF file, hub id, `smollm2-135m-instruct`, or a loaded `Target`.
+        draft: A head's folder or hub id, a loaded `DraftHead`, or `none`.
+        dtype: Of the target and the head, where they are loaded here.
+        device: Likewise.
+
+    Raises:
+        SlipstreamError: If something is missing, or the draft belongs to another target.
+    """
+    loaded = target if isinstance(target, Target) else load_target(str(target), dtype=dtype, device=device)
+    policy = Policy()
+    drafter: Drafter = NoDrafter()
+    if draft != "none":
+        head = draft if isinstance(draft, DraftHead) else load_head(draft, dtype=loaded.dtype, device=loaded.device)
+        head.check_target(loaded)
+        if loaded.layer_ids != head.config.eagle_aux_hidden_state_layer_ids:
+            loaded = Target(loaded.model, loaded.tokenizer, name=loaded.name, layer_ids=head.layer_ids)
+        drafter = HeadDrafter(head, loaded)
+        if not isinstance(draft, DraftHead):
+            policy = Policy.load(Path(draft).expanduser())
+    return Decoder(loaded, drafter, policy)

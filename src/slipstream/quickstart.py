@@ -1,0 +1,247 @@
+"""The whole way of the data, once: conversations, draft vocabulary, training, tuning, measuring, report."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from slipstream.configs.errors import SlipstreamError
+from slipstream.configs.files import require_writable, write_atomic
+from slipstream.configs.progress import console
+from slipstream.configs.recipe import Recipe
+from slipstream.data.batches import Batches
+from slipstream.data.conversations import read, tokenize
+from slipstream.data.regenerate import regenerate
+from slipstream.data.synthesize import self_prompts, topic_prompts
+from slipstream.data.template import encode_prompt
+from slipstream.data.vocabulary import coverage, draft_vocabulary
+from slipstream.decode.drafters import HeadDrafter
+from slipstream.decode.engine import Decoder
+from slipstream.decode.evaluate import (
+    identical_outputs,
+    read_prompts,
+    result_rows,
+    run,
+    simulated_acceptance_length,
+    tuning_prompts,
+)
+from slipstream.decode.policy import Policy
+from slipstream.decode.report import markdown_table, results_table, write_report
+from slipstream.decode.signals import signal_samples
+from slipstream.decode.suite import header, sample
+from slipstream.decode.tree import TreeShape
+from slipstream.decode.tune import tune
+from slipstream.distill.heads import load_head, new_head, save_head
+from slipstream.distill.target import EMBEDDED, Target, load_target
+from slipstream.train.trainer import Trainer
+
+if TYPE_CHECKING:
+    from slipstream.distill.draft import DraftHead
+
+_DISK_MB = 500
+_PROBE_STEPS = 3
+_SMOKE_MINUTES = 4.0  # below this, fewer prompts are measured
+
+
+class Quickstart:
+    """The stages of one run in one folder; each leaves a file, and a stage whose file is there is not done again."""
+
+    def __init__(self, out: Path, minutes: float, fresh: bool, recipe: Recipe) -> None:
+        self.out = out
+        self.minutes = minutes
+        self.fresh = fresh
+        self.recipe = recipe
+        self.prompts = read_prompts(limit=None if minutes >= _SMOKE_MINUTES else 6)
+        self.tune_prompts = tuning_prompts()
+        self.new_tokens = 128 if minutes >= _SMOKE_MINUTES else 48
+
+    def claim(self) -> bool:
+        """Take the folder; returns whether the run in it is finished already.
+
+        Raises:
+            SlipstreamError: If the folder holds something else, or cannot be written.
+        """
+        mine = {"minutes": self.minutes, "fresh": self.fresh}
+        place = self.out / "quickstart.json"
+        if place.is_file():
+            theirs = json.loads(place.read_text())
+            if theirs != mine:
+                raise SlipstreamError(f"{self.out} holds a run of other settings ({theirs}); give another --out")
+            return (self.out / "report.html").is_file()
+        if self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
+            raise SlipstreamError(f"{self.out} exists and is no quickstart run; give another --out")
+        require_writable(self.out, _DISK_MB)
+        write_atomic(place, json.dumps(mine))
+        return False
+
+    def conversations(self, target: Target) -> str | None:
+        """The shipped conversations (None), or with `--fresh` a file made anew."""
+        if not self.fresh:
+            return None
+        count = max(64, round(330 * self.minutes))
+        prompts, file = self.out / "prompts.jsonl", self.out / "conversations.jsonl"
+        seed = self.recipe.train.seed
+        tokenizer = target.chat_tokenizer
+        self_prompts(target.model, tokenizer, count=count // 3, seed=seed, out=prompts)
+        rows = topic_prompts(count - count // 3, seed) + read_prompts(prompts)
+        regenerate(target.model, tokenizer, rows, temperatures=[0.0, 0.7, 1.0], max_new_tokens=320, seed=seed, out=file)
+        return str(file)
+
+    def train(self, target: Target) -> None:
+        """Train the head into `draft/`, for about the minutes asked for on this machine."""
+        if (self.out / "draft" / "model.safetensors").is_file():
+            return
+        recipe = replace(self.recipe, data=replace(self.recipe.data, conversations=self.conversations(target)))
+        tokens = tokenize(read(recipe.data.conversations), target.chat_tokenizer, recipe.data.max_length)
+        vocabulary = draft_vocabulary(tokens, recipe.head.draft_vocab_size, target.vocab_size, target.stop_ids())
+        share = coverage(tokens, vocabulary, target.vocab_size)
+        console.print(f"{len(tokens):,} conversations; the draft vocabulary covers {share:.1%} of the target's tokens")
+        batches = Batches(tokens, recipe.data.batch_tokens, recipe.train.seed)
+
+        def fresh_head() -> DraftHead:
+            return new_head(target, vocabulary, seed=recipe.train.seed, from_target=recipe.head.from_target)
+
+        steps = self._steps(recipe, target, fresh_head(), batches)
+        recipe = replace(recipe, train=replace(recipe.train, max_steps=steps))
+        trainer = Trainer(recipe, target, fresh_head(), batches, self.out / "train")
+        rows = trainer.run()
+        head = trainer.accelerator.unwrap_model(trainer.head)
+        write_atomic(self.out / "training.json", json.dumps({"curve": rows, "coverage": share}))
+        provenance = {
+            "target": target.name,
+            "conversations": recipe.data.conversations or "shipped with slipstream",
+            "recipe": asdict(recipe),
+            "seed": recipe.train.seed,
+            "tokens": rows[-1]["tokens"],
+        }
+        save_head(head, self.out / "draft", provenance)
+
+    def _steps(self, recipe: Recipe, target: Target, head: DraftHead, batches: Batches) -> int:
+        """Optimizer steps that take the minutes asked for: a few are timed once, on a head that is thrown away."""
+        plan = self.out / "plan.json"
+        if not plan.is_file():
+            probe = replace(recipe, train=replace(recipe.train, max_steps=_PROBE_STEPS + 1, trackers=()))
+            begun = time.monotonic()
+            with tempfile.TemporaryDirectory() as folder:
+                per_step = Trainer(probe, target, head, batches, Path(folder)).time_steps(_PROBE_STEPS)
+            left = 60 * self.minutes - (time.monotonic() - begun)
+            write_atomic(plan, json.dumps({"steps": max(4, round(left / per_step))}))
+        return int(json.loads(plan.read_text())["steps"])
+
+    def tune(self, decoder: Decoder) -> None:
+        """Tune tree and rule into `draft/decode.json`."""
+        prompts = self.tune_prompts if self.minutes >= _SMOKE_MINUTES else self.tune_prompts[:2]
+        policy, frontier = tune(decoder, prompts, max_new_tokens=64 if self.minutes >= _SMOKE_MINUTES else 32)
+        policy.save(self.out / "draft")
+        write_atomic(self.out / "frontier.json", json.dumps(frontier))
+
+    def identity(self, head_folder: Path, target_name: str) -> dict[str, Any]:
+        """fp32 on every held-out prompt: exact against `generate`, and measured against simulated chain tau."""
+        target = load_target(target_name, dtype=torch.float32)
+        head = load_head(head_folder)
+        decoder = Decoder(target, HeadDrafter(head, target), Policy.load(head_folder))
+        rules = ("autoregressive", "exact")
+        records = run(decoder, rules, self.prompts, max_new_tokens=self.new_tokens, label="identity in fp32")
+        steps = self.recipe.distill.steps
+        chain = Decoder(target, HeadDrafter(head, target), Policy(tree=TreeShape(steps, 1, steps + 1)))
+        chained = run(chain, ("exact",), self.prompts, max_new_tokens=self.new_tokens, label="chain in fp32")[0]
+        tokenizer = target.chat_tokenizer
+        answers = [
+            (encode_prompt(tokenizer, [{"role": "user", "content": row["turns"][0]}]), record.outputs[0])
+            for row, record in zip(self.prompts, records[0], strict=True)
+        ]
+        lengths = [n for record in chained for n in record.accept_lengths]
+        return {
+            "identical": identical_outputs(records, rules),
+            "simulated_acceptance_length": round(simulated_acceptance_length(head, target, answers, steps), 4),
+            "measured_chain_acceptance_length": round(sum(lengths) / len(lengths), 4),
+        }
+
+    def measure(self, decoder: Decoder) -> dict[str, Any]:
+        """Every rule on the held-out prompts; writes `results.json`."""
+        target = decoder.target
+        identity = self.identity(self.out / "draft", target.name)
+        rules = ("autoregressive", "engine", "exact", "mars")
+        records = run(decoder, rules, self.prompts, max_new_tokens=self.new_tokens, label="measure")
+        training = json.loads((self.out / "training.json").read_text())
+        rows = result_rows(decoder, rules, records, seed=self.recipe.train.seed, identical=identity["identical"])
+        results = {
+            **header(target, str(self.out / "draft"), self.recipe.train.seed),
+            "rows": rows,
+            "policy": decoder.policy.to_dict(),
+            "frontier": json.loads((self.out / "frontier.json").read_text()),
+            "training": {
+                **training,
+                **{k: v for k, v in identity.items() if k != "identical"},
+                "minutes": round(training["curve"][-1]["seconds"] / 60, 1),
+                "tokens": training["curve"][-1]["tokens"],
+            },
+            "distributions": signal_samples(target, self.prompts, records[0]),
+            "samples": [sample(target, self.prompts[0], rules[i], records[i][0]) for i in (2, 3)],
+            "limits": limits(rows),
+        }
+        write_atomic(self.out / "results.json", json.dumps(results, indent=1))
+        return results
+
+
+def limits(rows: list[dict[str, Any]]) -> str:
+    """What keeps exact decoding from being faster, in words, from its time split."""
+    exact = next(row for row in rows if row["rule"] == "exact")
+    engine = next(row for row in rows if row["rule"] == "engine")
+    split, total = exact["time_split"], sum(exact["time_split"].values())
+    rounds = exact["tokens"] / exact["acceptance_length"]
+    wide, narrow = 1000 * split["target"] / rounds, 1000 * engine["time_split"]["target"] / engine["tokens"]
+    return (
+        f"Of exact decoding's time the target takes {split['target'] / total:.0%}, the draft head "
+        f"{split['draft'] / total:.0%}, everything else {split['rest'] / total:.0%}. Verifying a tree costs {wide:.0f} ms "
+        f"a round against {narrow:.0f} ms for a single token, and a round yields {exact['acceptance_length']:.2f} tokens: "
+        "a better trained head, not a larger tree, is what would raise the speed."
+    )
+
+
+def quickstart(out: Path = Path("runs/quickstart"), minutes: float = 12.0, fresh: bool = False) -> None:
+    """Distil, train, tune, measure and report a draft head for the embedded target.
+
+    Args:
+        out: Folder of the run: `draft/`, `results.json`, `report.html`.
+        minutes: Minutes of training; the rest takes some six more.
+        fresh: Make the conversations anew instead of reading those that ship with the package.
+    """
+    if minutes <= 0:
+        raise SlipstreamError(f"--minutes must be above 0, not {minutes:g}")
+    job = Quickstart(out, minutes, fresh, Recipe())
+    if job.claim():
+        results = json.loads((out / "results.json").read_text())
+        console.print(f"this run is finished; nothing was changed. Report: {out / 'report.html'}")
+        console.print(results_table(results))
+        return
+    target = load_target(EMBEDDED)
+    job.train(target)
+    head = load_head(out / "draft", dtype=target.dtype)
+    if not (out / "frontier.json").is_file():
+        job.tune(Decoder(target, HeadDrafter(head, target)))
+    if not (out / "results.json").is_file():
+        job.measure(Decoder(target, HeadDrafter(head, target), Policy.load(out / "draft")))
+    results = json.loads((out / "results.json").read_text())
+    write_atomic(out / "draft" / "README.md", model_card(results))
+    write_report(out / "report.html", results)
+    console.print(results_table(results))
+    console.print(f"draft head: {out / 'draft'}   report: {out / 'report.html'}")
+
+
+def model_card(results: dict[str, Any]) -> str:
+    """The head's README: what it is for, how to use it, what was measured."""
+    return (
+        f"# Draft head for {results['target']}\n\n"
+        "An EAGLE-3 draft head made by slipstream. Tree and rules are in `decode.json`, data and recipe in "
+        "`provenance.json`.\n\n"
+        "```python\nimport slipstream\n\n"
+        f'decoder = slipstream.load({results["target"]!r}, "path/to/this/folder")\n```\n\n'
+        f"Measured on {results['device']}, {results['dtype']}, {results['date']}:\n\n{markdown_table(results)}\n"
+    )

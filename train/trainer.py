@@ -1,0 +1,175 @@
+"""One readable loop over accelerate: features online, unroll, step."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+
+from slipstream.configs.errors import SlipstreamError
+from slipstream.configs.files import folder_atomic, write_atomic
+from slipstream.configs.progress import progress
+from slipstream.configs.suggest import near
+from slipstream.distill.objectives import OBJECTIVES
+from slipstream.distill.unroll import Unrolled, unroll
+from slipstream.train.metrics import Metrics
+from slipstream.train.optimizer import learning_rate, make_optimizer
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from slipstream.configs.recipe import Recipe
+    from slipstream.data.batches import Batches
+    from slipstream.distill.draft import DraftHead
+    from slipstream.distill.target import Target
+
+
+class Trainer:
+    """Trains a head on a target's features; `run` goes on from the last checkpoint in `folder`.
+
+    A run's state is its folder: `checkpoint/` (weights, optimizer, RNG; replaced atomically), `metrics.jsonl` (one row
+    every `log_every` steps) and `recipe.json`, which must not change under it.
+    """
+
+    def __init__(self, recipe: Recipe, target: Target, head: DraftHead, batches: Batches, folder: Path) -> None:
+        self.settings = recipe.train
+        self.distill = recipe.distill
+        if self.distill.objective not in OBJECTIVES:
+            raise SlipstreamError(
+                f"unknown objective {self.distill.objective!r}{near(self.distill.objective, OBJECTIVES)}"
+            )
+        self.objective = OBJECTIVES[self.distill.objective]
+        self.target = target
+        self.batches = batches
+        self.folder = folder
+        self.accelerator = Accelerator(
+            mixed_precision=self.settings.mixed_precision, log_with=list(self.settings.trackers) or None
+        )
+        set_seed(self.settings.seed, device_specific=True)
+        target.model.to(self.accelerator.device)
+        self.head, self.optimizer = self.accelerator.prepare(head, make_optimizer(head, self.settings))
+        micro = self.accelerator.num_processes * self.settings.accumulation
+        self.total = self.settings.max_steps or max(1, round(self.settings.epochs * batches.per_epoch / micro))
+        self.weights = torch.tensor(
+            [self.distill.step_decay**k for k in range(self.distill.steps)], device=self.accelerator.device
+        )
+        self.step = 0
+        self.seconds = 0.0
+        self.rows: list[dict[str, Any]] = []
+        self._claim(recipe)
+
+    def _claim(self, recipe: Recipe) -> None:
+        """Take the folder for this recipe, or go on with a run of the same one."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        mine = json.loads(json.dumps(asdict(recipe)))
+        place = self.folder / "recipe.json"
+        if place.exists() and (theirs := json.loads(place.read_text())) != mine:
+            section, key = next((s, k) for s in mine for k in mine[s] if mine[s][k] != theirs.get(s, {}).get(k))
+            raise SlipstreamError(
+                f"{self.folder} holds another run ({section}.{key} is {theirs.get(section, {}).get(key)!r} there, "
+                f"{mine[section][key]!r} here); give another --out"
+            )
+        write_atomic(place, json.dumps(mine, indent=2) + "\n")
+        if (self.folder / "checkpoint").exists():
+            self.accelerator.load_state(str(self.folder / "checkpoint"))
+            state = json.loads((self.folder / "checkpoint" / "progress.json").read_text())
+            self.step, self.seconds, self.rows = state["step"], state["seconds"], state["rows"]
+
+    def save(self) -> None:
+        """Replace the checkpoint by the present state."""
+        with folder_atomic(self.folder / "checkpoint") as temporary:
+            self.accelerator.save_state(str(temporary))
+            state = {"step": self.step, "seconds": self.seconds, "rows": self.rows}
+            (temporary / "progress.json").write_text(json.dumps(state))
+
+    def _micro(self, index: int) -> Unrolled:
+        """Forward and backward of one micro-batch; gradients add up as sums, not means."""
+        batch = self.batches[index]
+        device = self.accelerator.device
+        with self.accelerator.autocast():
+            out = unroll(
+                self.accelerator.unwrap_model(self.head) if self.accelerator.num_processes == 1 else self.head,
+                self.target,
+                batch.input_ids.to(device),
+                batch.mask.to(device),
+                steps=self.distill.steps,
+                objective=self.objective,
+                noise=self.distill.noise,
+            )
+        self.accelerator.backward((out.loss * self.weights).sum())
+        return out
+
+    def _optimize(self, metrics: Metrics) -> int:
+        """One optimizer step over all micro-batches of all processes; returns its padded tokens here."""
+        accelerator, settings = self.accelerator, self.settings
+        micro = accelerator.num_processes * settings.accumulation
+        first = self.step * micro + accelerator.process_index * settings.accumulation
+        rate = learning_rate(self.step, self.total, settings)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        outs = [self._micro(first + i) for i in range(settings.accumulation)]
+        tokens = sum(self.batches[first + i].mask.numel() for i in range(settings.accumulation))
+        rows = accelerator.reduce(torch.stack([out.rows for out in outs]).sum(0).float(), "sum")
+        # Sums become the mean over all valid rows of all ranks and micro-batches, each step k at its weight.
+        scale = 1.0 / (rows * self.weights).sum().clamp(min=1.0)
+        parameters = [p for p in self.head.parameters() if p.grad is not None]
+        for parameter in parameters:
+            parameter.grad.mul_(scale * accelerator.num_processes)  # DDP has averaged over the processes
+        norm = accelerator.clip_grad_norm_(parameters, settings.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        for out in outs:
+            metrics.add(out, self.weights)
+        metrics.norm = float(norm)
+        if not torch.isfinite(norm):
+            raise SlipstreamError(
+                f"the loss became NaN or infinite at step {self.step}; lower train.learning_rate "
+                f"(checkpoint of an earlier step in {self.folder / 'checkpoint'})"
+            )
+        self.step += 1
+        return tokens
+
+    def time_steps(self, steps: int) -> float:
+        """Seconds an optimizer step takes here: the mean over `steps`, after one that warms up. Nothing is saved."""
+        self._optimize(Metrics(self.distill.steps))
+        begun = time.perf_counter()
+        for _ in range(steps):
+            self._optimize(Metrics(self.distill.steps))
+        return (time.perf_counter() - begun) / steps
+
+    def run(self) -> list[dict[str, Any]]:
+        """Train to the end; returns the metric rows."""
+        accelerator = self.accelerator
+        if self.settings.trackers:
+            accelerator.init_trackers("slipstream", config={"folder": str(self.folder)})
+        metrics, clock = Metrics(self.distill.steps), time.perf_counter()
+        saved = clock
+        self.head.train()
+        with progress("train", self.total, "steps") as advance:
+            advance(self.step)
+            while self.step < self.total:
+                metrics.tokens += self._optimize(metrics)
+                now = time.perf_counter()
+                self.seconds, clock = self.seconds + now - clock, now
+                if self.step % self.settings.log_every == 0 or self.step == self.total:
+                    row = {"step": self.step, "seconds": round(self.seconds, 1), **metrics.row(accelerator)}
+                    row["tokens"] += self.rows[-1]["tokens"] if self.rows else 0
+                    self.rows.append(row)
+                    accelerator.log(row, step=self.step)
+                    metrics = Metrics(self.distill.steps)
+                    advance(0, note=f"loss {row['loss']:.3f}, simulated tau {row['simulated_acceptance_length']:.2f}")
+                if now - saved > 60 * self.settings.checkpoint_minutes:
+                    self.save()
+                    saved = time.perf_counter()
+                advance()
+        self.save()
+        if accelerator.is_main_process:
+            write_atomic(self.folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in self.rows))
+        accelerator.end_training()
+        self.head.eval()
+        return self.rows
