@@ -34,7 +34,7 @@ class DataSettings:
 
     conversations: str | None = None
     max_length: int = 512
-    batch_tokens: int = 4096
+    batch_tokens: int = 1024
 
 
 @dataclass(frozen=True)

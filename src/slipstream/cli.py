@@ -12,6 +12,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from jsonargparse import ArgumentError, ArgumentParser
 
+from datasets.utils import logging as datasets_logging
+from transformers.utils import logging as transformers_logging
+
 from slipstream.configs.errors import SlipstreamError
 from slipstream.configs.recipe import Recipe
 from slipstream.configs.suggest import near
@@ -270,7 +273,7 @@ def _parser() -> ArgumentParser:
 def _explain(message: str) -> str:
     """jsonargparse's message in one line, with the near name where a key is unknown."""
     line = " ".join(message.split())
-    found = re.search(r"(?:Key|key|Option|arguments:) ['\"]?(?:--)?([\w.]+)", line)
+    found = re.search(r"(?:[Kk]ey|[Oo]ption|arguments:) ['\"]?(?:--)?([\w.]+)", line)
     known = [f"{s.name}.{f.name}" for s in fields(Recipe) for f in fields(s.default_factory)]  # type: ignore[arg-type, misc]
     if found and re.search(r"not expected|nrecognized|not accepted|does not accept", line):
         key = found.group(1)
@@ -281,6 +284,9 @@ def _explain(message: str) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; bad input ends with one line on stderr and status 2."""
     warnings.filterwarnings("ignore", module="torch|transformers|accelerate|datasets")
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    datasets_logging.disable_progress_bar()
     try:
         settings: Any = _parser().parse_args(arguments)
         chosen = settings.pop("command")
