@@ -3,8 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from slipstream.configs.errors import SlipstreamError
+
+
+def _require(settings: Any, section: str, names: tuple[str, ...]) -> None:
+    """Refuse numbers of a section that are not above 0."""
+    for name in names:
+        value = getattr(settings, name)
+        if value is not None and not value > 0:
+            raise SlipstreamError(f"{section}.{name} must be above 0, not {value}")
 
 
 @dataclass(frozen=True)
@@ -18,7 +27,7 @@ class TargetSettings:
     """
 
     name: str = "smollm2-135m-instruct"
-    dtype: str = "bfloat16"
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     adapter: str | None = None
 
 
@@ -36,6 +45,9 @@ class DataSettings:
     max_length: int = 512
     batch_tokens: int = 1024
 
+    def __post_init__(self) -> None:
+        _require(self, "data", ("max_length", "batch_tokens"))
+
 
 @dataclass(frozen=True)
 class HeadSettings:
@@ -48,6 +60,9 @@ class HeadSettings:
 
     draft_vocab_size: int = 8192
     from_target: bool = True
+
+    def __post_init__(self) -> None:
+        _require(self, "head", ("draft_vocab_size",))
 
 
 @dataclass(frozen=True)
@@ -65,6 +80,9 @@ class DistillSettings:
     step_decay: float = 0.8
     objective: str = "lk_lambda"
     noise: float = 0.0
+
+    def __post_init__(self) -> None:
+        _require(self, "distill", ("steps", "step_decay"))
 
 
 @dataclass(frozen=True)
@@ -95,16 +113,17 @@ class TrainSettings:
     warmup: float = 0.03
     clip: float = 0.5
     accumulation: int = 1
-    mixed_precision: str = "bf16"
+    mixed_precision: Literal["bf16", "no"] = "bf16"
     seed: int = 0
     log_every: int = 10
     checkpoint_minutes: float = 2.0
-    trackers: tuple[str, ...] = ()
+    trackers: tuple[Literal["wandb", "tensorboard"], ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("learning_rate", "clip", "accumulation", "log_every", "epochs"):
-            if not getattr(self, name) > 0:
-                raise SlipstreamError(f"train.{name} must be above 0, not {getattr(self, name)}")
+        names = ("learning_rate", "clip", "accumulation", "log_every", "epochs", "max_steps", "checkpoint_minutes")
+        _require(self, "train", names)
+        if not 0 <= self.warmup < 1:
+            raise SlipstreamError(f"train.warmup is a share of the steps, from 0 to below 1, not {self.warmup}")
 
 
 @dataclass(frozen=True)

@@ -37,13 +37,21 @@ def read(path: str | Path | None = None) -> Dataset:
         raise SlipstreamError(f"conversations {str(file)!r} do not exist")
     if file.suffix not in _READERS:
         raise SlipstreamError(f"{file} must end in one of {', '.join(_READERS)}")
+    if not file.stat().st_size:
+        raise SlipstreamError(f"{file} is empty")
     try:
         rows = load_dataset(_READERS[file.suffix], data_files=str(file), split="train")
-    except DatasetGenerationError as error:
+    except (DatasetGenerationError, ValueError) as error:  # pyarrow's errors are ValueErrors
         raise SlipstreamError(f"{file} cannot be read: {str(error.__cause__ or error).splitlines()[0]}") from error
     if "messages" not in rows.column_names:
         raise SlipstreamError(f"{file} has no column 'messages', but {', '.join(rows.column_names)}")
     return rows
+
+
+def _are_messages(value: Any) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in value
+    )
 
 
 def tokenize(rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:
@@ -52,17 +60,20 @@ def tokenize(rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int)
     An answer that was cut short (`finished` false) has no end-of-turn token of its own, and none is taught.
 
     Raises:
-        SlipstreamError: If no row has an assistant turn.
+        SlipstreamError: If a row's messages are none, or no row has an assistant turn.
     """
 
-    def convert(row: dict[str, Any]) -> dict[str, list[int]]:
+    def convert(row: dict[str, Any], number: int) -> dict[str, list[int]]:
+        if not _are_messages(row["messages"]):
+            raise SlipstreamError(f"conversation {number + 1}: 'messages' must be a list of {{role, content}} texts")
         rendered = render(tokenizer, row["messages"])
         mask = list(rendered.assistant_mask)
-        if row.get("finished") is False:
-            mask[max(i for i, m in enumerate(mask) if m)] = 0
+        last = max((i for i, m in enumerate(mask) if m), default=None)
+        if row.get("finished") is False and last is not None and rendered.input_ids[last] in tokenizer.all_special_ids:
+            mask[last] = 0
         return {"input_ids": rendered.input_ids[:max_length], "mask": mask[:max_length]}
 
-    tokens = rows.map(convert, remove_columns=rows.column_names, desc="tokenize")
+    tokens = rows.map(convert, with_indices=True, remove_columns=rows.column_names, desc="tokenize")
     tokens = tokens.filter(lambda row: sum(row["mask"]) > 1, desc="filter")
     if not len(tokens):
         raise SlipstreamError(

@@ -21,14 +21,16 @@ class Journal:
     kept beside it (`NAME.settings.json`), so that a file is never continued with other settings.
 
     Raises:
-        SlipstreamError: If the file was made with other settings.
+        SlipstreamError: If the file was made with other settings, or by somebody else.
     """
 
     def __init__(self, path: Path, settings: dict[str, Any]) -> None:
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
         beside = path.with_name(path.name + ".settings.json")
-        if path.exists() and beside.exists():
+        if path.exists():
+            if not beside.exists():
+                raise SlipstreamError(f"{path} exists and was not begun by slipstream; give another --out")
             before = json.loads(beside.read_text())
             changed = [k for k in {**before, **settings} if before.get(k) != settings.get(k)]
             if changed:
@@ -42,7 +44,8 @@ class Journal:
 
     def _recover(self) -> dict[int, list[dict[str, Any]]]:
         units: dict[int, list[dict[str, Any]]] = {}
-        lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines() if self.path.exists() else []
+        text = self.path.read_text(encoding="utf-8", errors="replace") if self.path.exists() else ""
+        *lines, torn = text.split("\n")  # not splitlines: a row may hold U+2028; a whole one ends in a newline
         for line in lines:
             try:
                 row = json.loads(line)
@@ -51,7 +54,7 @@ class Journal:
             units.setdefault(row["unit"][0], []).append(row)
         whole = {k: rows for k, rows in units.items() if len(rows) == rows[0]["unit"][2]}
         kept = [row for rows in whole.values() for row in rows]
-        if len(kept) < len(lines):
+        if torn or len(kept) < len(lines):
             write_atomic(self.path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))
         return whole
 

@@ -23,9 +23,10 @@ _FIELD = re.compile(r"{(\w+)}")
 
 
 def topic_prompts(count: int, seed: int) -> list[dict[str, Any]]:
-    """`count` distinct prompts from `data/topics.yaml`: rows of `question_id`, `category`, `turns`.
+    """Some `count` distinct prompts from `data/topics.yaml`: rows of `question_id`, `category`, `turns`.
 
-    The same seed gives the same prompts; a larger count extends the list of a smaller one in every group.
+    Each group's share is rounded, and a small group may hold fewer. The same seed gives the same prompts; a larger
+    count extends the list of a smaller one in every group.
     """
     topics = yaml.safe_load((files("slipstream.data") / "topics.yaml").read_text())
     lists: dict[str, list[str]] = topics["lists"]

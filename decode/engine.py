@@ -142,6 +142,8 @@ class Decoder:
             raise SlipstreamError(
                 f"the prompt has {input_ids.shape[1]} tokens, the context of {self.target.name} is {self.target.context}"
             )
+        if max_new_tokens < 0:
+            raise SlipstreamError(f"max_new_tokens must not be negative, but is {max_new_tokens}")
         tokenizer = self.target.tokenizer
         stops = frozenset(self.target.stop_ids())
         processors = LogitsProcessorList([*(logits_processor or []), *warpers(temperature, top_k, top_p)])

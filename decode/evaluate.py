@@ -59,7 +59,15 @@ def read_prompts(path: str | Path | None = None, limit: int | None = None) -> li
     if not file.is_file():
         raise SlipstreamError(f"prompts {str(file)!r} do not exist")
     rows = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+    if limit is not None and limit < 1:
+        raise SlipstreamError(f"limit must be at least 1, not {limit}")
+    try:
+        text = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise SlipstreamError(f"{file} is not UTF-8") from error
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
@@ -139,6 +147,8 @@ def run(
     label: str = "measure",
 ) -> list[list[Record]]:
     """Records by rule and prompt. All rules answer a prompt before the next one comes, so that drift hits them alike."""
+    if max_new_tokens < 1:
+        raise SlipstreamError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
     for rule in rules:  # warm-up, not counted
         answer(decoder, rule, prompts[0], max_new_tokens=8, temperature=temperature)
     records: list[list[Record]] = [[] for _ in rules]

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from slipstream.data.template import encode_prompt
-from slipstream.decode.verify import top_two
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -25,7 +24,7 @@ def signal_samples(
         prompt = encode_prompt(target.chat_tokenizer, [{"role": "user", "content": row["turns"][0]}])
         ids = torch.tensor([prompt + record.outputs[0]], device=target.device)
         keep = torch.arange(len(prompt) - 1, ids.shape[1] - 1, device=target.device)
-        values, _ = top_two(target.forward(ids, logits_to_keep=keep).logits[0].float())
+        values = target.forward(ids, logits_to_keep=keep).logits[0].topk(2).values.float()
         margin = values[:, 0] - values[:, 1]
         out["ratio"] += [round(v, 4) for v in (values[:, 1] / values[:, 0])[values[:, 0] > 0].tolist()]
         out["margin"] += [round(v, 4) for v in margin.tolist()]

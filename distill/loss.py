@@ -24,7 +24,7 @@ def teacher_from_logits(logits: Tensor, vocabulary: Tensor, membership: Tensor) 
     for start in range(0, len(logits), _CHUNK):
         rows = slice(start, start + _CHUNK)
         chunk = logits[rows].float()
-        argmax[rows] = chunk.argmax(-1)
+        argmax[rows] = chunk.max(-1).indices  # on a CPU faster than argmax
         inside[rows] = (chunk[:, vocabulary] - chunk.logsumexp(-1, keepdim=True)).exp()
     return Teacher(inside, argmax, membership[argmax])
 
@@ -61,7 +61,7 @@ class _ChunkedLoss(torch.autograd.Function):
                 grads[1].add_(parts[1])
                 grads[2].add_(parts[2])
             total += loss.detach()
-            guess[at] = logits.detach().argmax(-1)
+            guess[at] = logits.detach().max(-1).indices
         ctx.save_for_backward(*grads)
         ctx.mark_non_differentiable(guess)
         return total, guess

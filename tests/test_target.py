@@ -2,11 +2,12 @@
 
 import pytest
 import torch
+from tiny import ARCHITECTURES, VOCAB, tiny_target
+
 from slipstream.configs.errors import SlipstreamError
 from slipstream.decode.cache import TreeCache
 from slipstream.decode.tree import make_tree
 from slipstream.distill.target import Target, aux_layer_ids
-from tiny import ARCHITECTURES, VOCAB, tiny_target
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -20,9 +21,7 @@ def test_a_tree_gives_each_node_what_its_path_gives_alone(architecture):
     target.forward(prompt, cache=cache)
     cache.commit(range(15))
     visible = torch.cat([torch.ones(9, 15, dtype=torch.bool), tree.ancestors], 1)
-    out = target.forward(
-        tree.tokens[None], position_ids=(tree.depths + 15)[None], visible=visible[None], cache=cache
-    )
+    out = target.forward(tree.tokens[None], position_ids=(tree.depths + 15)[None], visible=visible[None], cache=cache)
     for node in range(9):
         path = tree.ancestors[node].nonzero().squeeze(1)
         alone = target.forward(torch.cat([prompt, tree.tokens[path][None]], 1))

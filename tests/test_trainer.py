@@ -6,6 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 from datasets import Dataset
+from tiny import VOCAB, greedy, tiny_head, tiny_target
+
 from slipstream.configs.errors import SlipstreamError
 from slipstream.configs.recipe import DistillSettings, Recipe, TrainSettings
 from slipstream.data.batches import Batches
@@ -18,7 +20,6 @@ from slipstream.distill.heads import load_head, save_head
 from slipstream.train.metrics import Metrics
 from slipstream.train.optimizer import learning_rate
 from slipstream.train.trainer import Trainer
-from tiny import VOCAB, greedy, tiny_head, tiny_target
 
 RECIPE = Recipe(
     distill=DistillSettings(steps=3, noise=0.1),

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from tiny import VOCAB, tiny_head, tiny_target
+
 from slipstream.distill.attention import UnrollAttention
 from slipstream.distill.objectives import OBJECTIVES, Teacher, forward_kl, lk_lambda, overlap, total_variation
 from slipstream.distill.unroll import unroll
-from tiny import VOCAB, tiny_head, tiny_target
 
 
 def naive(head, target, ids, mask, steps, objective):
@@ -35,7 +36,7 @@ def naive(head, target, ids, mask, steps, objective):
         return head(e[None, None], hidden[None, None], torch.tensor([[row + step]]), attend)[0, 0]
 
     hidden = {row: head.fuse(out.features[0, row]) for row in range(length)}
-    losses, rows, hits, tried = [0.0] * steps, [0] * steps, [0] * steps, 0
+    losses, rows, hits = [0.0] * steps, [0] * steps, [0] * steps
     counting = [p for p in range(length - 2) if mask[p + 2]]
     alive = dict.fromkeys(counting, True)
     whole = {p for p in counting if p + 1 + steps < length and all(mask[p + 2 : p + 2 + steps])}

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import torch
-from slipstream.decode.tree import Tree, TreeShape, make_tree
-from slipstream.distill.heads import new_head
-from slipstream.distill.target import Target
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from slipstream.decode.tree import Tree, TreeShape, make_tree
+from slipstream.distill.heads import new_head
+from slipstream.distill.target import Target
 
 VOCAB = 97
 _COMMON = {

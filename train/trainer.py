@@ -52,7 +52,9 @@ class Trainer:
         )
         set_seed(self.settings.seed, device_specific=True)
         target.model.to(self.accelerator.device)
-        self.head, self.optimizer = self.accelerator.prepare(head, make_optimizer(head, self.settings))
+        # Not wrapped for data parallelism: gradients are sums here, and are added up over the processes by hand.
+        self.head = self.accelerator.prepare_model(head, evaluation_mode=True)
+        self.optimizer = self.accelerator.prepare_optimizer(make_optimizer(self.head, self.settings))
         micro = self.accelerator.num_processes * self.settings.accumulation
         self.total = self.settings.max_steps or max(1, round(self.settings.epochs * batches.per_epoch / micro))
         self.weights = torch.tensor(
@@ -93,7 +95,7 @@ class Trainer:
         device = self.accelerator.device
         with self.accelerator.autocast():
             out = unroll(
-                self.accelerator.unwrap_model(self.head) if self.accelerator.num_processes == 1 else self.head,
+                self.head,
                 self.target,
                 batch.input_ids.to(device),
                 batch.mask.to(device),
@@ -119,7 +121,7 @@ class Trainer:
         scale = 1.0 / (rows * self.weights).sum().clamp(min=1.0)
         parameters = [p for p in self.head.parameters() if p.grad is not None]
         for parameter in parameters:
-            parameter.grad.mul_(scale * accelerator.num_processes)  # DDP has averaged over the processes
+            parameter.grad = accelerator.reduce(parameter.grad, "sum") * scale
         norm = accelerator.clip_grad_norm_(parameters, settings.clip)
         self.optimizer.step()
         self.optimizer.zero_grad()

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import errno
+import inspect
 import json
+import logging
 import re
 import sys
 import warnings
 from dataclasses import asdict, fields
+from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
-
-from jsonargparse import ArgumentError, ArgumentParser
+from typing import TYPE_CHECKING, Literal
 
 from datasets.utils import logging as datasets_logging
+from jsonargparse import ArgumentError, ArgumentParser
 from transformers.utils import logging as transformers_logging
 
 from slipstream.configs.errors import SlipstreamError
@@ -43,6 +46,7 @@ def synthesize(
     from slipstream.decode.evaluate import read_prompts
     from slipstream.distill.target import load_target
 
+    out.parent.mkdir(parents=True, exist_ok=True)
     rows = topic_prompts(topics, seed)
     if own:
         loaded = load_target(target)
@@ -99,6 +103,7 @@ def regenerate(
 
 def train(recipe: Recipe, out: Path) -> None:
     """Train a head by a recipe into OUT/draft; goes on where an interrupted run stopped."""
+    from slipstream.configs.files import require_writable
     from slipstream.data.batches import Batches
     from slipstream.data.conversations import read, tokenize
     from slipstream.data.vocabulary import draft_vocabulary
@@ -107,8 +112,12 @@ def train(recipe: Recipe, out: Path) -> None:
     from slipstream.train.trainer import Trainer
 
     if (out / "draft" / "model.safetensors").is_file():
+        trained = json.loads((out / "draft" / "provenance.json").read_text())["recipe"]
+        if trained != json.loads(json.dumps(asdict(recipe))):
+            raise SlipstreamError(f"{out} holds a head of another recipe; give another --out")
         print(f"this run is finished; nothing was changed. Draft head: {out / 'draft'}", file=sys.stderr)
         return
+    require_writable(out, 500)
     target = load_target(recipe.target.name, dtype=recipe.target.dtype, adapter=recipe.target.adapter)
     tokens = tokenize(read(recipe.data.conversations), target.chat_tokenizer, recipe.data.max_length)
     vocabulary = draft_vocabulary(tokens, recipe.head.draft_vocab_size, target.vocab_size, target.stop_ids())
@@ -255,7 +264,12 @@ COMMANDS: dict[str, Callable[..., None]] = {
 
 
 def _parser() -> ArgumentParser:
-    parser = ArgumentParser(prog="slipstream", description="Train, tune and run draft heads.", exit_on_error=False)
+    parser = ArgumentParser(
+        prog="slipstream",
+        description="Train, tune and run draft heads.",
+        version=version("slipstream"),
+        exit_on_error=False,
+    )
     commands = parser.add_subcommands(dest="command", required=True)
     for name, function in COMMANDS.items():
         summary = (function.__doc__ or "").split("\n")[0]
@@ -270,14 +284,23 @@ def _parser() -> ArgumentParser:
     return parser
 
 
-def _explain(message: str) -> str:
+def _known(command: str | None) -> list[str]:
+    """Options of a command, or the commands."""
+    if command is None:
+        return list(COMMANDS)
+    if command != "train":
+        return list(inspect.signature(COMMANDS[command]).parameters)
+    sections = {section.name: section.default_factory for section in fields(Recipe)}
+    return ["config", "out", *(f"{name}.{f.name}" for name, kind in sections.items() for f in fields(kind))]  # type: ignore[arg-type]
+
+
+def _explain(message: str, command: str | None) -> str:
     """jsonargparse's message in one line, with the near name where a key is unknown."""
     line = " ".join(message.split())
     found = re.search(r"(?:[Kk]ey|[Oo]ption|arguments:) ['\"]?(?:--)?([\w.]+)", line)
-    known = [f"{s.name}.{f.name}" for s in fields(Recipe) for f in fields(s.default_factory)]  # type: ignore[arg-type, misc]
     if found and re.search(r"not expected|nrecognized|not accepted|does not accept", line):
         key = found.group(1)
-        return f"unknown key {key!r}{near(key, [*known, *COMMANDS])}"
+        return f"unknown key {key!r}{near(key, _known(command))}"
     return line
 
 
@@ -287,19 +310,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
     datasets_logging.disable_progress_bar()
+    datasets_logging.set_verbosity(logging.CRITICAL)
     try:
-        settings: Any = _parser().parse_args(arguments)
-        chosen = settings.pop("command")
-        values = settings.pop(chosen)
         parser = _parser()
-        instantiated = parser.instantiate_classes(parser.parse_args(arguments))[chosen]
-        if chosen == "train":
-            names = [f.name for f in fields(Recipe)]
-            train(Recipe(**{name: instantiated[name] for name in names}), values["out"])
+        settings = parser.instantiate(parser.parse_args(arguments))
+        values = vars(settings[settings.command])
+        if settings.command == "train":
+            train(Recipe(**{field.name: values[field.name] for field in fields(Recipe)}), values["out"])
         else:
-            COMMANDS[chosen](**vars(instantiated))
+            COMMANDS[settings.command](**values)
     except (SlipstreamError, ArgumentError) as error:
-        print(f"slipstream: {_explain(str(error)) if isinstance(error, ArgumentError) else error}", file=sys.stderr)
+        command = next((a for a in (arguments if arguments is not None else sys.argv[1:]) if a in COMMANDS), None)
+        told = _explain(str(error), command) if isinstance(error, ArgumentError) else error
+        print(f"slipstream: {told}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
+        print(f"slipstream: cannot write {error.filename or 'the output'}: {error.strerror}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("slipstream: interrupted; the same command goes on where it stopped", file=sys.stderr)
