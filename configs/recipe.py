@@ -76,7 +76,7 @@ class DistillSettings:
         noise: Width of uniform noise on the target features.
     """
 
-    steps: int = 4
+    steps: int = 3
     step_decay: float = 0.8
     objective: str = "lk_lambda"
     noise: float = 0.0
@@ -92,9 +92,10 @@ class TrainSettings:
     Attributes:
         max_steps: Optimizer steps; None derives them from `epochs`.
         epochs: Passes over the data.
+        optimizer: `muon` (for the matrices inside the head; AdamW for the rest), or `adamw` for all.
         learning_rate: Peak of the cosine schedule.
         betas: Of AdamW.
-        weight_decay: Of AdamW.
+        weight_decay: Of both.
         warmup: Share of the steps.
         clip: Gradient norm.
         accumulation: Micro-batches per optimizer step and process.
@@ -107,7 +108,8 @@ class TrainSettings:
 
     max_steps: int | None = None
     epochs: float = 2.0
-    learning_rate: float = 1e-3
+    optimizer: Literal["muon", "adamw"] = "muon"
+    learning_rate: float = 8e-3
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = 0.0
     warmup: float = 0.03

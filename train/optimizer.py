@@ -1,4 +1,4 @@
-"""AdamW over the head, warm-up and cosine over the steps."""
+"""What moves the weights: AdamW, or Muon for the matrices inside the head; warm-up and cosine over the steps."""
 
 from __future__ import annotations
 
@@ -13,12 +13,21 @@ if TYPE_CHECKING:
     from slipstream.configs.recipe import TrainSettings
 
 
-def make_optimizer(head: nn.Module, settings: TrainSettings) -> torch.optim.AdamW:
-    """AdamW over every trainable weight."""
-    weights = [p for p in head.parameters() if p.requires_grad]
-    return torch.optim.AdamW(
-        weights, lr=settings.learning_rate, betas=settings.betas, weight_decay=settings.weight_decay, fused=True
-    )
+def make_optimizers(head: nn.Module, settings: TrainSettings) -> list[torch.optim.Optimizer]:
+    """One optimizer, or two: with `muon`, matrices other than the output layer go to Muon, the rest to AdamW.
+
+    Muon's update is scaled to AdamW's typical size (`match_rms_adamw`, Moonlight, arXiv 2502.16982), so that one
+    learning rate serves both.
+    """
+    weights = {name: p for name, p in head.named_parameters() if p.requires_grad}
+    inner = {n for n, p in weights.items() if p.ndim == 2 and not n.startswith("lm_head")}
+    matrices = [p for n, p in weights.items() if n in inner and settings.optimizer == "muon"]
+    rest = [p for n, p in weights.items() if n not in inner or settings.optimizer == "adamw"]
+    rate, decay = settings.learning_rate, settings.weight_decay
+    adamw = torch.optim.AdamW(rest, lr=rate, betas=settings.betas, weight_decay=decay, fused=True)
+    if not matrices:
+        return [adamw]
+    return [torch.optim.Muon(matrices, lr=rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw"), adamw]
 
 
 def learning_rate(step: int, total: int, settings: TrainSettings) -> float:

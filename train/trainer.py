@@ -18,7 +18,7 @@ from slipstream.configs.suggest import near
 from slipstream.distill.objectives import OBJECTIVES
 from slipstream.distill.unroll import Unrolled, unroll
 from slipstream.train.metrics import Metrics
-from slipstream.train.optimizer import learning_rate, make_optimizer
+from slipstream.train.optimizer import learning_rate, make_optimizers
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -54,7 +54,9 @@ class Trainer:
         target.model.to(self.accelerator.device)
         # Not wrapped for data parallelism: gradients are sums here, and are added up over the processes by hand.
         self.head = self.accelerator.prepare_model(head, evaluation_mode=True)
-        self.optimizer = self.accelerator.prepare_optimizer(make_optimizer(self.head, self.settings))
+        self.optimizers = [
+            self.accelerator.prepare_optimizer(optimizer) for optimizer in make_optimizers(self.head, self.settings)
+        ]
         micro = self.accelerator.num_processes * self.settings.accumulation
         self.total = self.settings.max_steps or max(1, round(self.settings.epochs * batches.per_epoch / micro))
         self.weights = torch.tensor(
@@ -112,7 +114,7 @@ class Trainer:
         micro = accelerator.num_processes * settings.accumulation
         first = self.step * micro + accelerator.process_index * settings.accumulation
         rate = learning_rate(self.step, self.total, settings)
-        for group in self.optimizer.param_groups:
+        for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
             group["lr"] = rate
         outs = [self._micro(first + i) for i in range(settings.accumulation)]
         tokens = sum(self.batches[first + i].mask.numel() for i in range(settings.accumulation))
@@ -123,8 +125,9 @@ class Trainer:
         for parameter in parameters:
             parameter.grad = accelerator.reduce(parameter.grad, "sum") * scale
         norm = accelerator.clip_grad_norm_(parameters, settings.clip)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
         for out in outs:
             metrics.add(out, self.weights)
         metrics.norm = float(norm)
