@@ -203,7 +203,7 @@ def result_rows(
         chosen = [[r for r in group if task in ("all", r.task)] for group in records]
         for rule, group in zip(rules, chosen, strict=True):
             verifier = decoder.policy.rule(rule) if rule not in BASELINES else Verifier()
-            name = rule if isinstance(rule, str) and rule in BASELINES else verifier.label
+            name = rule if isinstance(rule, str) else verifier.label
             tokens, seconds = sum(r.tokens for r in group), sum(r.seconds for r in group)
             lengths = [n for r in group for n in r.accept_lengths]
             target, draft = sum(r.target_seconds for r in group), sum(r.draft_seconds for r in group)
@@ -213,6 +213,7 @@ def result_rows(
                     "task": task,
                     "rule": name,
                     "temperature": temperature,
+                    "verifier": None if name in BASELINES else verifier.to_dict(),
                     "lossless": verifier.lossless,
                     "prompts": len(group),
                     "tokens": tokens,

@@ -96,7 +96,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
 def test_what_training_simulates_is_what_chains_measure(tmp_path):
     target = tiny_target()
     pairs = answers(target)
-    recipe = replace(RECIPE, train=replace(RECIPE.train, max_steps=150, learning_rate=1e-2))
+    recipe = replace(RECIPE, train=replace(RECIPE.train, max_steps=150, learning_rate=1e-2, optimizer="adamw"))
     run = Trainer(recipe, target, tiny_head(target, VOCAB).train(), Batches(dataset(pairs), 400, 0), tmp_path)
     rows = run.run()
     assert rows[-1]["simulated_acceptance_length"] > rows[0]["simulated_acceptance_length"]
