@@ -59,7 +59,7 @@ class Quickstart:
         self.recipe = recipe
         self.prompts = read_prompts(limit=None if minutes >= _SMOKE_MINUTES else 6)
         self.tune_prompts = tuning_prompts()
-        self.new_tokens = 128 if minutes >= _SMOKE_MINUTES else 48
+        self.new_tokens = 96 if minutes >= _SMOKE_MINUTES else 48
 
     def claim(self) -> bool:
         """Take the folder; returns whether the run in it is finished already.
@@ -147,10 +147,10 @@ class Quickstart:
         head = load_head(head_folder)
         decoder = Decoder(target, HeadDrafter(head, target), Policy.load(head_folder))
         rules = ("autoregressive", "exact")
-        records = run(decoder, rules, self.prompts, max_new_tokens=self.new_tokens, label="identity in fp32")
+        records = run(decoder, rules, self.prompts, max_new_tokens=self.new_tokens // 2, label="identity in fp32")
         steps = self.recipe.distill.steps
         chain = Decoder(target, HeadDrafter(head, target), Policy(tree=TreeShape(steps, 1, steps + 1)))
-        chained = run(chain, ("exact",), self.prompts, max_new_tokens=self.new_tokens, label="chain in fp32")[0]
+        chained = run(chain, ("exact",), self.prompts, max_new_tokens=self.new_tokens // 2, label="chain in fp32")[0]
         tokenizer = target.chat_tokenizer
         answers = [
             (encode_prompt(tokenizer, [{"role": "user", "content": row["turns"][0]}]), record.outputs[0])
