@@ -48,7 +48,8 @@ def write_report(path: Path, results: dict[str, Any]) -> None:
         results=results,
         date=results.get("date") or datetime.date.today().isoformat(),
         headline=headline(results),
-        tables=[*_grouped_cells(pooled(results)), *_category_cells(results)],
+        tables=_grouped_cells(pooled(results)),
+        categories=_grouped_cells([row for row in results["rows"] if row not in pooled(results)]),
         figures=figures(results),
         tags=TAGS,
     )
@@ -156,16 +157,6 @@ def _cells(row: Row) -> dict[str, str]:
         "tokens": f"{row['tokens']:,}",
         "output": _output(row),
     }
-
-
-def _category_cells(results: dict[str, Any]) -> list[Any]:
-    """The tables of the single categories, where there are pooled rows beside them."""
-    rows = [row for row in results["rows"] if row not in pooled(results)]
-    return (
-        [(f"By category: {title[0].lower()}{title[1:]}", cells) for title, cells in _grouped_cells(rows)]
-        if rows
-        else []
-    )
 
 
 def _output(row: Row) -> str:
