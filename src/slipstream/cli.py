@@ -14,6 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+import docstring_parser
 from datasets.utils import logging as datasets_logging
 from jsonargparse import ArgumentError, ArgumentParser
 from transformers.utils import logging as transformers_logging
@@ -279,7 +280,11 @@ def _parser() -> ArgumentParser:
             sub.add_class_arguments(Recipe, as_group=False)
             sub.add_argument("--out", type=Path, required=True, help="folder of the run")
         else:
-            sub.add_function_arguments(function, as_group=False, fail_untyped=True)
+            flags = {p.name for p in inspect.signature(function).parameters.values() if p.default is False}
+            sub.add_function_arguments(function, as_group=False, skip=flags)
+            for about in docstring_parser.parse(function.__doc__ or "").params:
+                if about.arg_name in flags:  # jsonargparse would want a value
+                    sub.add_argument(f"--{about.arg_name}", action="store_true", help=about.description)
         commands.add_subcommand(name, sub, help=summary)
     return parser
 
