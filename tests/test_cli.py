@@ -258,7 +258,7 @@ def test_a_draft_that_does_not_fit_says_how(slipstream, tiny_target_folder, draf
 
 
 def test_a_draft_that_fits_decodes_to_the_text_of_the_target_alone(slipstream, tiny_target_folder, drafts):
-    command = ("generate", "--prompt", "Hi", "--target", tiny_target_folder, "--max_new_tokens", 24, "--quiet", True)
+    command = ("generate", "--prompt", "Hi", "--target", tiny_target_folder, "--max_new_tokens", 24, "--quiet")
     alone = slipstream(*command, "--dtype", "float32")
     drafted = slipstream(*command, "--dtype", "float32", "--draft", drafts / "right")
     assert alone.status == drafted.status == 0
