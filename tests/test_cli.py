@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
+from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -18,6 +19,7 @@ from test_report import row
 from transformers import BertConfig, BertForMaskedLM, LlamaConfig, LlamaModel, ViTConfig, ViTModel
 
 from slipstream.cli import COMMANDS, main
+from slipstream.configs.recipe import Recipe
 from slipstream.distill.heads import new_head, save_head
 from slipstream.distill.target import load_target
 
@@ -407,3 +409,10 @@ def test_a_flag_takes_no_value(tiny_target_folder, capsys):
     arguments = ["generate", "--target", str(tiny_target_folder), "--prompt", "Hi", "--max_new_tokens", "4"]
     assert main([*arguments, "--dtype", "float32", "--quiet"]) == 0
     assert capsys.readouterr().err == ""
+
+
+def test_the_quickstart_recipe_in_yaml_says_what_the_defaults_say():
+    recipe = yaml.safe_load((files("slipstream.configs") / "quickstart.yaml").read_text())
+    for section, settings in recipe.items():
+        for key, value in settings.items():
+            assert getattr(getattr(Recipe(), section), key) == value, f"{section}.{key}"

@@ -280,7 +280,9 @@ def _parser() -> ArgumentParser:
             sub.add_class_arguments(Recipe, as_group=False)
             sub.add_argument("--out", type=Path, required=True, help="folder of the run")
         else:
-            flags = {p.name for p in inspect.signature(function).parameters.values() if p.default is False}
+            flags: set[str | int] = {
+                p.name for p in inspect.signature(function).parameters.values() if p.default is False
+            }
             sub.add_function_arguments(function, as_group=False, skip=flags)
             for about in docstring_parser.parse(function.__doc__ or "").params:
                 if about.arg_name in flags:  # jsonargparse would want a value
