@@ -17,19 +17,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-def stop_tokens(model: PreTrainedModel) -> list[int]:
-    """The target's end-of-sequence tokens, as its generation config names them."""
-    stop = model.generation_config.eos_token_id if model.generation_config is not None else None
-    if stop is None:
-        return []
-    return [stop] if isinstance(stop, int) else list(stop)
-
-
 def regenerate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[dict[str, Any]],
     *,
+    stop_ids: Sequence[int],
     temperatures: Sequence[float],
     max_new_tokens: int,
     seed: int,
@@ -37,8 +30,9 @@ def regenerate(
     batch_size: int = 160,
     out: Path,
 ) -> None:
-    """Answer the first turn of every prompt row; prompt i is sampled at temperature `i mod len(temperatures)`.
+    """Answer the first turn of every prompt row, up to a token of `stop_ids`.
 
+    Prompt i is sampled at temperature `i mod len(temperatures)`.
     Writes conversations (`messages`, `temperature`, `finished`) as JSON lines, resumable to the batch: batches are
     fixed by the prompts, so that a resumed file holds the same rows as an uninterrupted one. They are answered in an
     order drawn from the seed, and none is begun once `max_response_tokens` are there.
@@ -54,7 +48,6 @@ def regenerate(
         "seed": seed,
         "batch": batch_size,
     }
-    stops = stop_tokens(model)
     todo = random.Random(seed).sample(range(len(batches)), len(batches))
     with Journal(out, settings) as journal, progress("answers by the target", len(prompts), "rows") as advance:
         advance(sum(len(batches[unit]) for unit in journal.units))
@@ -71,12 +64,12 @@ def regenerate(
                 [encoded[i] for i in rows],
                 heat,
                 max_new_tokens=max_new_tokens,
-                stop_ids=stops,
+                stop_ids=stop_ids,
                 seed=seed * 1_000_003 + unit,
             )
             written = []
             for i, answer, temperature in zip(rows, answers, heat, strict=True):
-                finished = answer[-1] in stops
+                finished = answer[-1] in stop_ids
                 tokens += len(answer)
                 messages = [
                     {"role": "user", "content": prompts[i]["turns"][0]},

@@ -84,14 +84,17 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: list[Message], **option
         SlipstreamError: If the template drops an assistant message.
     """
     whole = render_text(tokenizer, messages, prompt=False, **options)
+    probe = _PROBE
+    while probe in whole:  # a conversation may speak of the probe
+        probe += "X"
     ids: list[int] = []
     mask: list[int] = []
     done = 0
     for i, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        probed = [*messages[:i], {**message, "content": _PROBE}, *messages[i + 1 :]]
-        before, found, after = render_text(tokenizer, probed, prompt=False, **options).partition(_PROBE)
+        probed = [*messages[:i], {**message, "content": probe}, *messages[i + 1 :]]
+        before, found, after = render_text(tokenizer, probed, prompt=False, **options).partition(probe)
         if not found:
             raise SlipstreamError(f"the chat template drops the assistant's message {i}; its tokens cannot be found")
         start = max(done, len(commonprefix([before, whole])))  # noqa: RUF071 (characters are meant)

@@ -60,9 +60,7 @@ def warpers(temperature: float, top_k: int | None, top_p: float | None) -> Logit
     out = LogitsProcessorList()
     if temperature < 0:
         raise SlipstreamError(f"temperature must not be negative, but is {temperature}")
-    if temperature in (0, 1):
-        pass
-    else:
+    if temperature not in (0, 1):
         out.append(TemperatureLogitsWarper(temperature))
     if top_k:
         out.append(TopKLogitsWarper(top_k))

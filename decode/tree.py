@@ -55,6 +55,14 @@ class Tree:
     def __len__(self) -> int:
         return len(self.tokens)
 
+    def children(self) -> list[dict[int, int]]:
+        """Each node's children: token to node."""
+        out: list[dict[int, int]] = [{} for _ in range(len(self))]
+        for node, (parent, token) in enumerate(zip(self.parents.tolist(), self.tokens.tolist(), strict=True)):
+            if node:
+                out[parent][token] = node
+        return out
+
 
 def make_tree(tokens: Tensor, parents: Tensor, scores: Tensor, levels: int) -> Tree:
     """Complete a tree of at most `levels` levels below the root from tokens, parents and scores, each [N]."""

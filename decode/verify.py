@@ -170,21 +170,17 @@ def verify(
     if relaxing:
         values, ids = logits.topk(2)
         values = values.float()
-        margins, ratios_ok = (values[:, 0] - values[:, 1]).tolist(), (values[:, 0] > 0).tolist()
-        ranked, z = ids.tolist(), values.tolist()
+        ranked, z, margins = ids.tolist(), values.tolist(), (values[:, 0] - values[:, 1]).tolist()
         best = ids[:, 0]
     else:
         best = logits.max(-1).indices  # on a CPU in bf16 ten times as fast as argmax
     if processed is not None:
         best = torch.multinomial(torch.softmax(processed.float(), -1), 1, generator=generator).squeeze(1)
-    decided, tokens, parents = best.tolist(), tree.tokens.tolist(), tree.parents.tolist()
-    children: list[dict[int, int]] = [{} for _ in tokens]
-    for node in range(1, len(tokens)):
-        children[parents[node]][tokens[node]] = node
+    decided, tokens, children = best.tolist(), tree.tokens.tolist(), tree.children()
 
     def fires(node: int) -> bool:
         if verifier.signal == "ratio":
-            return ratios_ok[node] and z[node][1] / z[node][0] > verifier.theta
+            return z[node][0] > 0 and z[node][1] / z[node][0] > verifier.theta
         if verifier.signal == "margin":
             return margins[node] <= verifier.theta
         if processed is None:

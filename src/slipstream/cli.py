@@ -91,6 +91,7 @@ def regenerate(
         loaded.model,
         loaded.chat_tokenizer,
         rows,
+        stop_ids=loaded.stop_ids(),
         temperatures=temperatures,
         max_new_tokens=max_new_tokens,
         max_response_tokens=max_response_tokens,

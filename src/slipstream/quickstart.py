@@ -90,7 +90,16 @@ class Quickstart:
         tokenizer = target.chat_tokenizer
         self_prompts(target.model, tokenizer, count=count // 3, seed=seed, out=prompts)
         rows = topic_prompts(count - count // 3, seed) + read_prompts(prompts)
-        regenerate(target.model, tokenizer, rows, temperatures=[0.0, 0.7, 1.0], max_new_tokens=320, seed=seed, out=file)
+        regenerate(
+            target.model,
+            tokenizer,
+            rows,
+            stop_ids=target.stop_ids(),
+            temperatures=[0.0, 0.7, 1.0],
+            max_new_tokens=320,
+            seed=seed,
+            out=file,
+        )
         return str(file)
 
     def train(self, target: Target) -> None:
