@@ -15,17 +15,20 @@ if TYPE_CHECKING:
     from slipstream.distill.draft import DraftHead
 
 _CHUNK = 128  # rows; 128 x 8192 fp32 values stay in a CPU's cache
+_TEACHER_CHUNK = 64  # rows, of the target's whole vocabulary
 
 
-def teacher_from_logits(logits: Tensor, vocabulary: Tensor, membership: Tensor) -> Teacher:
-    """The teacher at R rows from target logits [R, V], draft vocabulary ids [Vd] and membership mask [V]."""
-    inside = torch.empty(len(logits), len(vocabulary), device=logits.device)
-    argmax = torch.empty(len(logits), dtype=torch.long, device=logits.device)
-    for start in range(0, len(logits), _CHUNK):
-        rows = slice(start, start + _CHUNK)
-        chunk = logits[rows].float()
-        argmax[rows] = chunk.max(-1).indices  # on a CPU faster than argmax
-        inside[rows] = (chunk[:, vocabulary] - chunk.logsumexp(-1, keepdim=True)).exp()
+def teacher_from_logits(logits: Tensor, rows: Tensor, vocabulary: Tensor, membership: Tensor) -> Teacher:
+    """The teacher at R rows of target logits [.., V], from draft vocabulary ids [Vd] and membership mask [V]."""
+    inside = torch.empty(len(rows), len(vocabulary), device=logits.device)
+    argmax = torch.empty(len(rows), dtype=torch.long, device=logits.device)
+    buffer = torch.empty(_TEACHER_CHUNK, logits.shape[-1], device=logits.device)
+    for start in range(0, len(rows), _TEACHER_CHUNK):
+        at = slice(start, start + _TEACHER_CHUNK)
+        chunk = buffer[: len(rows[at])].copy_(logits.index_select(0, rows[at]))
+        top, argmax[at] = chunk.max(-1)  # on a CPU faster than argmax
+        chunk.sub_(top[:, None]).exp_()
+        inside[at] = chunk.index_select(1, vocabulary).div_(chunk.sum(-1, keepdim=True))
     return Teacher(inside, argmax, membership[argmax])
 
 
@@ -36,39 +39,38 @@ class _ChunkedLoss(torch.autograd.Function):
     def forward(
         ctx: Any,
         hidden: Tensor,
-        norm: Tensor,
         output: Tensor,
-        head: DraftHead,
         teacher: Teacher,
         rows: Tensor,
         counted: Tensor,
         objective: Callable[[Tensor, Teacher], Tensor],
     ) -> tuple[Tensor, Tensor]:
-        wanted = any(ctx.needs_input_grad[:3])
+        wanted = any(ctx.needs_input_grad[:2])
+        kind = hidden.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else output.dtype
+        x, weight = hidden.to(dtype), output.to(dtype)
         total = torch.zeros((), device=hidden.device)
         guess = torch.empty(len(hidden), dtype=torch.long, device=hidden.device)
-        grads = [torch.zeros_like(x) for x in (hidden, norm, output)] if wanted else []
+        grads = [torch.zeros_like(hidden), torch.zeros_like(output)] if wanted else []
         for start in range(0, len(hidden), _CHUNK):
             at = slice(start, start + _CHUNK)
+            logits = torch.mm(x[at], weight.T)
+            guess[at] = logits.max(-1).indices
             with torch.set_grad_enabled(wanted):
-                piece = hidden[at].detach().requires_grad_(wanted)
-                logits = head.logits(piece)
-                values = objective(logits, teacher.take(rows[at]))
-                loss = values.where(counted[at], 0.0).sum()
+                logits.requires_grad_(wanted)
+                loss = objective(logits, teacher.take(rows[at])).where(counted[at], 0.0).sum()
             if wanted:
-                parts = torch.autograd.grad(loss, (piece, norm, output))
-                grads[0][at] = parts[0]
-                grads[1].add_(parts[1])
-                grads[2].add_(parts[2])
+                (slope,) = torch.autograd.grad(loss, logits)
+                grads[0][at] = torch.mm(slope, weight)
+                grads[1].add_(torch.mm(slope.T, x[at]))
             total += loss.detach()
-            guess[at] = logits.detach().max(-1).indices
         ctx.save_for_backward(*grads)
         ctx.mark_non_differentiable(guess)
         return total, guess
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        return (*(g * grad for g in ctx.saved_tensors), None, None, None, None, None)
+        return (*(g * grad for g in ctx.saved_tensors), None, None, None, None)
 
 
 def head_loss(
@@ -92,7 +94,5 @@ def head_loss(
     Returns:
         The summed loss (scalar, differentiable) and the top draft-vocabulary index of every row, [R].
     """
-    total, guess = _ChunkedLoss.apply(
-        hidden, head.norm.weight, head.lm_head.weight, head, teacher, rows, counted, objective
-    )
+    total, guess = _ChunkedLoss.apply(head.norm(hidden), head.lm_head.weight, teacher, rows, counted, objective)
     return total, guess

@@ -172,10 +172,8 @@ class Target:
         full = self._additive(visible)
         if not window or kinds == {"full_attention"} or not getattr(self.config, "use_sliding_window", True):
             return full if len(kinds) < 2 else dict.fromkeys(kinds, full)
-        assert position_ids is not None
-        q = position_ids.shape[1]
-        committed = torch.arange(visible.shape[-1] - q, device=visible.device).expand(len(visible), -1)
-        keys = torch.cat([committed, position_ids], dim=1)  # a cached token's position is its index
+        assert position_ids is not None and cache is not None
+        keys = cache.place(position_ids)  # type: ignore[attr-defined]  # a TreeCache
         near = position_ids[:, :, None] - keys[:, None, :] < window
         sliding = self._additive(visible & near)
         if len(kinds) < 2:

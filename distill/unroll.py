@@ -85,8 +85,8 @@ def unroll(
     kept = torch.full((length,), -1, device=device)
     kept[needed.any(0)] = torch.arange(int(needed.any(0).sum()), device=device)
     flat = needed.nonzero()
-    logits = out.logits[flat[:, 0], kept[flat[:, 1]]]  # [T, V]
-    teacher = teacher_from_logits(logits, head.vocabulary(), head.t2d)
+    place = flat[:, 0] * out.logits.shape[1] + kept[flat[:, 1]]
+    teacher = teacher_from_logits(out.logits.flatten(0, 1), place, head.vocabulary(), head.t2d)
     index = torch.full((batch, length), -1, device=device)
     index[needed] = torch.arange(len(flat), device=device)  # where token position's teacher lies
 
