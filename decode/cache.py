@@ -15,62 +15,81 @@ if TYPE_CHECKING:
 _BLOCK = 256  # buffers grow by this many tokens
 
 
-class TreeLayer(CacheLayerMixin):
-    """Keys and values of one layer in preallocated buffers [B, heads, capacity, d].
+class Rows:
+    """How many tokens each row of a batch has committed: on the host, and as a tensor on the device.
 
-    `update` appends behind what was written; `commit` makes a path of it permanent; `rollback` forgets it.
+    Attributes:
+        lengths: One per row.
+        tensor: The same, [B].
+    """
+
+    def __init__(self, batch: int, device: torch.device) -> None:
+        self.set([0] * batch, device)
+
+    def set(self, lengths: list[int], device: torch.device) -> None:
+        """Replace the lengths."""
+        self.lengths = lengths
+        self.tensor = torch.tensor(lengths, device=device)
+        self.even = len(set(lengths)) == 1
+
+
+class TreeLayer(CacheLayerMixin):
+    """Keys and values of one layer in preallocated buffers [B, heads, capacity, d], filled from slot 0.
+
+    `update` writes behind what each row has; what it wrote is tentative until the cache commits a part of it.
     """
 
     is_sliding = False
 
-    def __init__(self) -> None:
+    def __init__(self, rows: Rows, capacity: int = 0) -> None:
         super().__init__()
-        self.length = 0  # committed tokens
-        self.written = 0  # committed and tentative tokens
+        self.rows = rows
+        self.tentative = 0  # tokens written behind each row's committed ones
+        self.capacity = capacity
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        self.keys = key_states.new_empty(*key_states.shape[:2], 0, key_states.shape[-1])
-        self.values = value_states.new_empty(*value_states.shape[:2], 0, value_states.shape[-1])
+        self.keys = key_states.new_zeros(*key_states.shape[:2], self.capacity, key_states.shape[-1])
+        self.values = value_states.new_zeros(*value_states.shape[:2], self.capacity, value_states.shape[-1])
         self.is_initialized = True
 
     def _grow(self, needed: int) -> None:
         assert self.keys is not None and self.values is not None
-        extra = -(-needed // _BLOCK) * _BLOCK - self.keys.shape[2]
+        extra = -(-needed // _BLOCK) * _BLOCK - self.capacity
+        self.capacity += extra
         self.keys = torch.nn.functional.pad(self.keys, (0, 0, 0, extra))
         self.values = torch.nn.functional.pad(self.values, (0, 0, 0, extra))
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Append [B, heads, Q, d] and return everything written so far, as views."""
+        """Append [B, heads, Q, d] to every row and return everything up to the longest row's end, as views."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        assert self.keys is not None and self.values is not None
-        end = self.written + key_states.shape[2]
-        if end > self.keys.shape[2]:
+        count = key_states.shape[2]
+        end = self.get_seq_length() + count
+        if end > self.capacity:
             self._grow(end)
-        self.keys[:, :, self.written : end] = key_states
-        self.values[:, :, self.written : end] = value_states
-        self.written = end
+        assert self.keys is not None and self.values is not None
+        for buffer, new in ((self.keys, key_states), (self.values, value_states)):
+            if self.rows.even:
+                buffer[:, :, end - count : end] = new
+            else:
+                slots = self.rows.tensor[:, None] + torch.arange(count, device=new.device) + self.tentative
+                buffer.scatter_(2, slots[:, None, :, None].expand_as(new), new)
+        self.tentative += count
         return self.keys[:, :, :end], self.values[:, :, :end]
 
-    def commit(self, path: Sequence[int]) -> None:
-        """Keep the tentative tokens at `path` (indices behind the committed ones, ascending), drop the others."""
+    def move(self, source: Tensor, target: Tensor) -> None:
+        """Copy slots `source` [B, W] to slots `target` [B, W] of each row."""
         assert self.keys is not None and self.values is not None
-        start, end = self.length, self.length + len(path)
-        if list(path) != list(range(len(path))):
-            source = torch.tensor(path, device=self.keys.device) + start
-            self.keys[:, :, start:end] = self.keys[:, :, source]
-            self.values[:, :, start:end] = self.values[:, :, source]
-        self.length = self.written = end
-
-    def rollback(self) -> None:
-        """Drop the tentative tokens."""
-        self.written = self.length
+        for buffer in (self.keys, self.values):
+            at = (len(buffer), buffer.shape[1], source.shape[1], buffer.shape[3])
+            kept = buffer.gather(2, source[:, None, :, None].expand(at))
+            buffer.scatter_(2, target[:, None, :, None].expand(at), kept)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.written + query_length, 0
+        return self.get_seq_length() + query_length, 0
 
     def get_seq_length(self) -> int:
-        return self.written
+        return max(self.rows.lengths) + self.tentative
 
     def get_max_length(self) -> int:
         return -1
@@ -79,17 +98,77 @@ class TreeLayer(CacheLayerMixin):
 
 
 class TreeCache(Cache):
-    """One `TreeLayer` per layer of the target."""
+    """One `TreeLayer` per layer of a model, with the same committed lengths, which may differ between rows."""
 
-    def __init__(self, num_layers: int) -> None:
-        super().__init__(layers=[TreeLayer() for _ in range(num_layers)])
+    def __init__(self, num_layers: int, batch: int = 1, device: torch.device | str = "cpu") -> None:
+        self.rows = Rows(batch, torch.device(device))
+        self._tentative: list[Tensor] = []  # positions, where a model asks for them
+        super().__init__(layers=[TreeLayer(self.rows) for _ in range(num_layers)])
 
     @property
-    def length(self) -> int:
-        """Committed tokens."""
-        return self.layers[0].length
+    def lengths(self) -> list[int]:
+        """Committed tokens of each row."""
+        return self.rows.lengths
 
-    def commit(self, path: Sequence[int]) -> None:
-        """Keep the tentative tokens at `path` in every layer."""
+    def visible(self, tentative: Tensor, new: int) -> Tensor:
+        """Which slots each query may see: all committed ones of its row, and the tentative ones it is given.
+
+        Args:
+            tentative: Bool [B, Q, T], over the tokens behind the committed ones, those of this forward included.
+            new: How many of the T this forward brings.
+
+        Returns:
+            Bool [B, Q, K], K reaching to the end of the longest row.
+        """
+        batch, queries, count = tentative.shape
+        total = self.layers[0].get_seq_length() + new
+        behind = torch.arange(total, device=tentative.device) - self.rows.tensor[:, None]  # [B, K]
+        at = behind.clamp(0, count - 1)[:, None].expand(batch, queries, total)
+        inside = ((behind >= 0) & (behind < count))[:, None]
+        return (behind < 0)[:, None] | (tentative.gather(2, at) & inside)
+
+    def place(self, position_ids: Tensor) -> Tensor:
+        """Note the positions [B, Q] of the tokens that come next, and return those of all slots, [B, K]."""
+        self._tentative.append(position_ids)
+        tentative = torch.cat(self._tentative, 1)
+        total, count = max(self.lengths) + tentative.shape[1], tentative.shape[1]
+        slots = torch.arange(total, device=tentative.device).expand(len(tentative), -1)
+        behind = slots - self.rows.tensor[:, None]
+        drafted = tentative.gather(1, behind.clamp(0, count - 1))
+        return torch.where(behind < 0, slots, drafted)  # a committed token's position is its slot
+
+    def commit(self, paths: Sequence[Sequence[int]]) -> None:
+        """Keep the tentative tokens at `paths` (of each row, indices behind the committed ones, ascending), drop the rest."""
+        if any(list(path) != list(range(len(path))) for path in paths):
+            width = max(len(path) for path in paths)
+            padded = [[*path, *range(len(path), width)] for path in paths]
+            start = self.rows.tensor[:, None]
+            source = torch.tensor(padded, device=start.device) + start
+            target = torch.arange(width, device=start.device) + start
+            for layer in self.layers:
+                layer.move(source, target)
+        self.rows.set([n + len(path) for n, path in zip(self.lengths, paths, strict=True)], self.rows.tensor.device)
+        self.rollback()
+
+    def commit_first(self, counts: Sequence[int]) -> None:
+        """Keep the first `counts[b]` tentative tokens of row b."""
+        self.commit([range(n) for n in counts])
+
+    def rollback(self) -> None:
+        """Drop the tentative tokens."""
+        self._tentative = []
         for layer in self.layers:
-            layer.commit(path)
+            layer.tentative = 0
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Keep only these rows of the batch."""
+        index = torch.tensor(rows, device=self.rows.tensor.device)
+        for layer in self.layers:
+            if layer.is_initialized:
+                layer.keys, layer.values = layer.keys.index_select(0, index), layer.values.index_select(0, index)
+        self.rows.set([self.lengths[row] for row in rows], index.device)
+
+
+def causal(count: int, batch: int, device: torch.device) -> Tensor:
+    """Tentative visibility of `count` tokens that follow one another, [B, Q, Q]."""
+    return torch.ones(count, count, dtype=torch.bool, device=device).tril().expand(batch, -1, -1)

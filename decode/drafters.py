@@ -1,121 +1,336 @@
-"""Who proposes: the head, or nobody."""
+"""Who proposes: the head, a small causal LM, the text so far, or nobody."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from slipstream.decode.cache import TreeLayer
-from slipstream.decode.tree import Tree, TreeBuilder, TreeShape, root_only
+from slipstream.configs.errors import SlipstreamError
+from slipstream.decode.cache import TreeCache, causal
+from slipstream.decode.draws import uniforms
+from slipstream.decode.tree import Tree, TreeBuilder, TreeShape, fixed_levels, make_tree, root_only
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
     from slipstream.distill.draft import DraftHead
     from slipstream.distill.target import Target
 
 
+@dataclass(frozen=True)
+class Round:
+    """What a drafter may know when it proposes.
+
+    Attributes:
+        ids: All tokens decided so far, [B, S], padded on the right; the last one of each row has not been through the
+            target yet.
+        lengths: How many of them are real, per row.
+        features: Target features of the tokens the target has seen since the last call, [B, m, A*Ht]: those of row b at
+            positions lengths[b]-1-fresh[b] .. lengths[b]-2 come first.
+        fresh: How many of the m are real, per row.
+        shape: Size of the trees.
+        temperature: Of the draws, where the shape asks for drawn drafts; 0 takes the likeliest.
+        generators: For those draws: one per row, or one for all.
+        enough: Asked after each level, with the log-probabilities of the drafts at the nodes just expanded, [B, Q, Vd];
+            whether to stop there.
+    """
+
+    ids: Tensor
+    lengths: list[int]
+    features: Tensor
+    fresh: list[int]
+    shape: TreeShape
+    temperature: float = 0.0
+    generators: Sequence[torch.Generator] = ()
+    enough: Callable[[Tensor], bool] | None = None
+
+    @property
+    def ends(self) -> Tensor:
+        """The lengths on the device, [B]."""
+        return torch.tensor(self.lengths, device=self.ids.device)
+
+    @property
+    def roots(self) -> Tensor:
+        """The last decided token of each row, [B]."""
+        return self.ids.gather(1, self.ends[:, None] - 1)[:, 0]
+
+
 class Drafter(Protocol):
-    """Proposes a tree of continuations in every round."""
+    """Proposes trees of continuations in every round."""
 
-    def reset(self) -> None:
-        """Forget the request before."""
+    def begin(self, batch: int) -> None:
+        """Forget the requests before; the next round has `batch` rows."""
 
-    def propose(self, sequence: Tensor, features: Tensor, shape: TreeShape) -> Tree:
-        """Draft behind `sequence`.
+    def keep(self, rows: Sequence[int]) -> None:
+        """Only these rows go on."""
 
-        Args:
-            sequence: All tokens decided so far, [n]; the last one has not been through the target yet.
-            features: Target features of the tokens it has been through since the last call, [m, A*Ht]: those at
-                positions n-1-m .. n-2.
-            shape: Size of the tree.
-        """
+    def propose(self, round: Round) -> Tree:
+        """One tree per row, all with the same number of nodes."""
         ...
 
 
 class NoDrafter:
     """Proposes nothing: decoding in this engine, one token a round."""
 
-    def reset(self) -> None:
+    def begin(self, batch: int) -> None:
         """Nothing to forget."""
 
-    def propose(self, sequence: Tensor, features: Tensor, shape: TreeShape) -> Tree:
-        """The bare root."""
-        return root_only(sequence[-1])
+    def keep(self, rows: Sequence[int]) -> None:
+        """Nothing to forget."""
+
+    def propose(self, round: Round) -> Tree:
+        """The bare roots."""
+        return root_only(round.roots)
 
 
-class HeadDrafter:
-    """EAGLE-2 dynamic trees (arXiv 2406.16858) from a draft head.
+@dataclass
+class NGramDrafter:
+    """Prompt look-up: continues as the text did after the latest earlier place that ends like it does now.
 
-    The head's cache keeps only entries that came from true target features; what a draft wrote is dropped.
+    Attributes:
+        longest: Tokens of the longest ending looked for; shorter ones are tried where it does not occur.
+        drafts: Tokens to copy; None is the depth of the policy's tree.
     """
+
+    longest: int = 3
+    drafts: int | None = 10
+
+    def begin(self, batch: int) -> None:
+        """Nothing to forget: the text is the state."""
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Nothing to forget."""
+
+    def propose(self, round: Round) -> Tree:
+        """A chain per row; the bare root where nothing is found in any row."""
+        found = [self._look_up(ids[:n]) for ids, n in zip(round.ids, round.lengths, strict=True)]
+        width = min(max(len(tokens) for tokens in found), self.drafts or round.shape.depth)
+        if not width:
+            return root_only(round.roots)
+        # Shorter rows are filled with what is there: a wrong draft costs nothing but its place.
+        filled = [torch.nn.functional.pad(tokens[:width], (0, width - len(tokens[:width]))) for tokens in found]
+        tokens = torch.cat([round.roots[:, None], torch.stack(filled)], 1)
+        parents = (torch.arange(width + 1, device=tokens.device) - 1).clamp(min=0).expand_as(tokens)
+        return make_tree(tokens, parents, torch.zeros_like(tokens, dtype=torch.float), width)
+
+    def _look_up(self, ids: Tensor) -> Tensor:
+        for size in range(min(self.longest, len(ids) - 1), 0, -1):
+            windows = ids[:-1].unfold(0, size, 1)
+            places = (windows == ids[-size:]).all(-1).nonzero()
+            if len(places):
+                return ids[int(places[-1]) + size :]
+        return ids[:0]
+
+
+class _TreeDrafter:
+    """Grows trees from a model that gives logits for the next token, level by level, on a cache of its own.
+
+    The cache keeps what came from decided tokens (for the head: from true target features); drafts are dropped.
+    """
+
+    vocabulary: Tensor  # draft index to target id
+    vocab_size: int  # of the target
+    layers: int
+
+    def begin(self, batch: int) -> None:
+        """Forget the requests before."""
+        self.cache = TreeCache(self.layers, batch, self.vocabulary.device)
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Only these rows go on."""
+        self.cache.keep(rows)
+
+    def _extend(self, round: Round) -> tuple[Tensor, Tensor]:
+        """Take in the newly decided tokens: logits [B, Vd] for the one after the root, and the state behind it [B, H]."""
+        raise NotImplementedError
+
+    def _step(self, tokens: Tensor, state: Tensor, depth: int, round: Round, seen: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits [B, Q, Vd] and states [B, Q, H] after draft `tokens` [B, Q] of depth `depth`.
+
+        `seen` [B, Q, T] says which drafts so far each of them descends from, itself included; they come last.
+        """
+        raise NotImplementedError
+
+    def propose(self, round: Round) -> Tree:
+        """Draft trees of the shape asked for."""
+        logits, state = self._extend(round)
+        tree = (self._fixed if round.shape.paths else self._dynamic)(round, logits, state)
+        self.cache.rollback()
+        return tree
+
+    def _dynamic(self, round: Round, logits: Tensor, state: Tensor) -> Tree:
+        """EAGLE-2 (arXiv 2406.16858): expand the best `top_k` of each level, keep the best nodes of all levels."""
+        batch, k = len(logits), min(round.shape.top_k, len(self.vocabulary))
+        builder = TreeBuilder()
+        logp = _log_softmax(logits)
+        scores, choice = logp.topk(k)
+        tokens = self.vocabulary[choice]
+        frontier = builder.add(tokens, torch.full_like(tokens, -1), scores)
+        state = state[:, None].expand(-1, k, -1)
+        own = torch.eye(k, dtype=torch.bool, device=tokens.device).expand(batch, -1, -1)
+        seen = own[:, :, :0]  # drafted rows each frontier node descends from
+        for depth in range(1, round.shape.depth):
+            if round.enough is not None and round.enough(logp if depth > 1 else logp[:, None]):
+                break
+            seen = torch.cat([seen, own], dim=2)
+            logits, state = self._step(tokens, state, depth, round, seen)
+            logp = _log_softmax(logits)  # [B, k, Vd]
+            best, choice = logp.topk(k)
+            candidates, choice = (scores[:, :, None] + best).flatten(1), self.vocabulary[choice].flatten(1)
+            ids = builder.add(choice, frontier.repeat_interleave(k, 1), candidates)
+            scores, kept = candidates.topk(k)
+            tokens, frontier = choice.gather(1, kept), ids.gather(1, kept)
+            state, seen = (_pick(x, kept // k) for x in (state, seen))
+        return builder.build(round.roots, round.shape.nodes)
+
+    def _fixed(self, round: Round, logits: Tensor, state: Tensor) -> Tree:
+        """Always the same tree: its nodes' ranks among their siblings are given; by likelihood, or in order of draw."""
+        batch, width = len(logits), min(round.shape.top_k, len(self.vocabulary))
+        draw = round.shape.sampled and round.temperature > 0
+        tokens, parents = [round.roots[:, None]], [0]
+        scores = [logits.new_zeros(batch, 1, dtype=torch.float)]
+        drawn = logits.new_zeros(batch, round.shape.nodes, self.vocab_size, dtype=torch.float) if draw else None
+        inner, above = [0], scores[0]  # nodes to expand, and their scores
+        logits, seen = logits[:, None], torch.zeros(batch, 1, 0, dtype=torch.bool, device=logits.device)
+        state = state[:, None]
+        for depth, level in enumerate(fixed_levels(round.shape.paths), 1):
+            if drawn is not None:
+                logits = logits / round.temperature
+                drawn[:, inner] = drawn[:, inner].index_copy(2, self.vocabulary, torch.softmax(logits.float(), -1))
+            logp = _log_softmax(logits)
+            ranked = logp + _gumbel(logp, round.generators) if draw else logp
+            choice = ranked.topk(width).indices
+            new = self.vocabulary[choice[:, level.parents, level.ranks]]
+            value = above[:, level.parents] + logp.gather(2, choice)[:, level.parents, level.ranks]
+            first = sum(x.shape[1] for x in tokens)
+            parents += [inner[parent] for parent in level.parents]
+            tokens.append(new)
+            scores.append(value)
+            if not level.inner or (round.enough is not None and not draw and round.enough(logp)):
+                break
+            come = [level.parents[node] for node in level.inner]
+            own = torch.eye(len(come), dtype=torch.bool, device=new.device).expand(batch, -1, -1)
+            seen = torch.cat([seen[:, come], own], dim=2)
+            inner, above = [first + node for node in level.inner], value[:, level.inner]
+            logits, state = self._step(new[:, level.inner], state[:, come], depth, round, seen)
+        flat = torch.tensor(parents, device=round.ids.device).expand(batch, -1)
+        return make_tree(torch.cat(tokens, 1), flat, torch.cat(scores, 1), len(tokens) - 1, drawn)
+
+
+class HeadDrafter(_TreeDrafter):
+    """A draft head on the target's features (EAGLE-3)."""
+
+    layers = 1
 
     def __init__(self, head: DraftHead, target: Target) -> None:
         self.head = head
         self.embeddings = target.embeddings
         self.vocabulary = head.vocabulary()
-        self.cache = TreeLayer()
+        self.vocab_size = target.vocab_size
+        self.begin(1)
 
-    def reset(self) -> None:
-        """Forget the request before."""
-        self.cache = TreeLayer()
-
-    def _step(self, tokens: Tensor, hidden: Tensor, positions: Tensor, visible: Tensor | None) -> Tensor:
-        """One head forward over Q rows; `visible` is bool [Q, keys], None for causal rows with no cache before them."""
+    def _forward(self, tokens: Tensor, hidden: Tensor, positions: Tensor, visible: Tensor | None) -> Tensor:
+        """Recurrent features [B, Q, H]; `visible` is bool [B, Q, K], None for causal rows with no cache before them."""
 
         def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            keys, values = self.cache.update(key, value)
+            keys, values = self.cache.layers[0].update(key, value)
             return scaled_dot_product_attention(
                 query,
                 keys,
                 values,
-                attn_mask=visible,
+                attn_mask=None if visible is None else visible[:, None],
                 is_causal=visible is None,
                 enable_gqa=query.shape[1] != keys.shape[1],
             )
 
-        embedding = self.embeddings(tokens)[None].to(hidden.dtype)
-        return self.head(embedding, hidden[None], positions[None], attend)[0]
+        embedding = self.embeddings(tokens).to(hidden.dtype)
+        return self.head(embedding, hidden, positions, attend)
 
-    def _extend(self, sequence: Tensor, features: Tensor) -> Tensor:
-        """Run the head over the rows whose true features are new; returns the last row's recurrent feature, [1, H].
+    def _extend(self, round: Round) -> tuple[Tensor, Tensor]:
+        """Run the head over the rows whose true features are new.
 
         Worked example: 5 tokens decided, 4 of them through the target, all new: rows 0..3 pair feature p with token
         p+1, and row 3 predicts token 5.
         """
-        new = len(features)
-        start = len(sequence) - 1 - new
-        positions = torch.arange(start, start + new, device=sequence.device)
+        batch, count = round.features.shape[:2]
+        fresh = torch.tensor(round.fresh, device=round.ids.device)
+        positions = (round.ends - 1 - fresh)[:, None] + torch.arange(count, device=round.ids.device)
+        tokens = round.ids.gather(1, (positions + 1).clamp(max=round.ids.shape[1] - 1))
+        hidden = self.head.fuse(round.features.to(self.head.fc.weight.dtype))
         visible = None
-        if start:
-            visible = torch.arange(start + new, device=sequence.device)[None] <= positions[:, None]
-        hidden = self.head.fuse(features.to(self.head.fc.weight.dtype))
-        out = self._step(sequence[start + 1 :], hidden, positions, visible)
-        self.cache.commit(range(new))
-        return out[-1:]
+        if any(self.cache.lengths):
+            visible = self.cache.visible(causal(count, batch, tokens.device), count)
+        out = self._forward(tokens, hidden, positions, visible)
+        self.cache.commit_first(round.fresh)
+        last = _pick(out, fresh[:, None] - 1)[:, 0]
+        return self.head.logits(last), last
 
-    def propose(self, sequence: Tensor, features: Tensor, shape: TreeShape) -> Tree:
-        """Draft a tree: expand the best `top_k` of each level, keep the best nodes of all levels."""
-        k = min(shape.top_k, len(self.vocabulary))
-        hidden = self._extend(sequence, features)
-        builder = TreeBuilder(shape)
-        scores, choice = torch.log_softmax(self.head.logits(hidden)[0].float(), -1).topk(k)
-        tokens = self.vocabulary[choice]
-        frontier = builder.add(tokens, torch.full_like(tokens, -1), scores)
-        hidden = hidden.expand(k, -1)
-        committed = torch.ones(k, self.cache.length, dtype=torch.bool, device=tokens.device)
-        own = torch.eye(k, dtype=torch.bool, device=tokens.device)
-        seen = own[:, :0]  # drafted rows each frontier node descends from
-        for level in range(1, shape.depth):
-            seen = torch.cat([seen, own], dim=1)
-            positions = torch.full_like(tokens, len(sequence) - 2 + level)
-            hidden = self._step(tokens, hidden, positions, torch.cat([committed, seen], dim=1))
-            logp, choice = torch.log_softmax(self.head.logits(hidden).float(), -1).topk(k)  # [k, k]
-            candidates = (scores[:, None] + logp).flatten()
-            ids = builder.add(self.vocabulary[choice.flatten()], frontier.repeat_interleave(k), candidates)
-            scores, best = candidates.topk(k)
-            tokens, frontier = self.vocabulary[choice.flatten()[best]], ids[best]
-            hidden, seen = hidden[best // k], seen[best // k]
-        self.cache.rollback()
-        return builder.build(sequence[-1])
+    def _step(self, tokens: Tensor, state: Tensor, depth: int, round: Round, seen: Tensor) -> tuple[Tensor, Tensor]:
+        positions = (round.ends - 2 + depth)[:, None].expand_as(tokens)
+        visible = self.cache.visible(seen, tokens.shape[1])
+        hidden = self._forward(tokens, state, positions, visible)
+        return self.head.logits(hidden), hidden
+
+
+class ModelDrafter(_TreeDrafter):
+    """A small causal LM with the target's tokenizer: classic speculative decoding with two models, in trees."""
+
+    def __init__(self, model: Target, target: Target) -> None:
+        if model.tokenizer is not None and target.tokenizer is not None:
+            theirs, ours = model.tokenizer.get_vocab(), target.tokenizer.get_vocab()
+            token = next((token for token in theirs if theirs[token] != ours.get(token)), None)
+            if token is not None:
+                raise SlipstreamError(
+                    f"draft model {model.name} has another tokenizer than {target.name}: token {token!r} is "
+                    f"{theirs[token]} there and {ours.get(token, 'unknown')} here"
+                )
+        if model.vocab_size > target.vocab_size and model.tokenizer is None:
+            raise SlipstreamError(
+                f"draft model {model.name} has {model.vocab_size} tokens, target {target.name} {target.vocab_size}"
+            )
+        self.model = model
+        self.layers = model.config.num_hidden_layers
+        self.vocab_size = target.vocab_size
+        self.vocabulary = torch.arange(min(model.vocab_size, target.vocab_size), device=model.device)
+        self.begin(1)
+
+    def _logits(self, tokens: Tensor, positions: Tensor, visible: Tensor | None) -> Tensor:
+        out = self.model.forward(tokens, position_ids=positions, visible=visible, cache=self.cache)
+        return out.logits[..., : len(self.vocabulary)]
+
+    def _extend(self, round: Round) -> tuple[Tensor, Tensor]:
+        """Run the model over the tokens decided since; its own context limit is the caller's to keep."""
+        fresh = [n - done for n, done in zip(round.lengths, self.cache.lengths, strict=True)]
+        new = torch.arange(max(fresh), device=round.ids.device)
+        positions = self.cache.rows.tensor[:, None] + new
+        tokens = round.ids.gather(1, positions.clamp(max=round.ids.shape[1] - 1))
+        visible = None
+        if any(self.cache.lengths):
+            visible = self.cache.visible(causal(len(new), len(tokens), tokens.device), len(new))
+        logits = self._logits(tokens, positions, visible)
+        self.cache.commit_first(fresh)
+        last = torch.tensor(fresh, device=logits.device)[:, None] - 1
+        return _pick(logits, last)[:, 0], logits.new_zeros(len(logits), 0)
+
+    def _step(self, tokens: Tensor, state: Tensor, depth: int, round: Round, seen: Tensor) -> tuple[Tensor, Tensor]:
+        positions = (round.ends - 1 + depth)[:, None].expand_as(tokens)
+        return self._logits(tokens, positions, self.cache.visible(seen, tokens.shape[1])), state
+
+
+def _log_softmax(logits: Tensor) -> Tensor:
+    return torch.log_softmax(logits.float(), -1)
+
+
+def _pick(x: Tensor, rows: Tensor) -> Tensor:
+    """Rows [B, Q] of x [B, R, D]."""
+    return x.gather(1, rows[:, :, None].expand(-1, -1, x.shape[-1]))
+
+
+def _gumbel(like: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+    """Gumbel noise; the largest of log p + noise is a draw from p, the next one a draw without it, and so on."""
+    noise = uniforms(generators, like.shape, like.device).clamp(min=1e-30)
+    return -torch.log(-torch.log(noise))

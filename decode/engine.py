@@ -1,27 +1,27 @@
-"""The loop: draft a tree, run the target over it once, keep what the rule lets through."""
+"""The loop: draft a tree per row, run the target over them once, keep what the rule lets through."""
 
 from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessorList
-from transformers.generation import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from slipstream.configs.errors import SlipstreamError
 from slipstream.decode.cache import TreeCache
-from slipstream.decode.drafters import Drafter, NoDrafter
+from slipstream.decode.drafters import Drafter, NoDrafter, Round
 from slipstream.decode.policy import Policy
+from slipstream.decode.processors import TreeProcessors, check_config, make_config, make_processors
 from slipstream.decode.stats import Stats
 from slipstream.decode.tree import Tree, root_only
 from slipstream.decode.verify import Spent, Token, Verdict, Verifier, verify
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
+    from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
     from transformers.generation.streamers import BaseStreamer
 
     from slipstream.distill.target import Target
@@ -32,61 +32,59 @@ class Generation:
     """What `generate` returns.
 
     Attributes:
-        sequences: Prompt and new tokens, [1, n + new]; what transformers' `generate` returns.
-        tokens: The new tokens with their tags, margins and regrets.
-        stats: Counts and times.
+        sequences: Prompts and new tokens, [B, n + new], rows padded on the right; what transformers' `generate` returns.
+        rows: The new tokens of each row with their tags, margins and regrets.
+        stats: Counts and times, all rows together.
     """
 
     sequences: Tensor
-    tokens: list[Token]
+    rows: list[list[Token]]
     stats: Stats
 
+    @property
+    def tokens(self) -> list[Token]:
+        """The new tokens of the first row."""
+        return self.rows[0]
 
-@dataclass(frozen=True)
+
+@dataclass
 class _Request:
-    """What stays the same over the rounds of one generation."""
+    """What stays the same over the rounds of one call; lists are per row."""
 
     verifier: Verifier
-    processors: LogitsProcessorList
-    sampling: bool
-    generator: torch.Generator
+    processors: TreeProcessors
+    temperature: float
+    generators: list[torch.Generator]
     stops: frozenset[int]
-    special: frozenset[int]
-    spent: Spent
+    never_relax: Tensor
+    given: Tensor  # the prompts as they came, padding included, [B, n]
+    criteria: StoppingCriteriaList | None
+    spent: list[Spent]
 
 
-def warpers(temperature: float, top_k: int | None, top_p: float | None) -> LogitsProcessorList:
-    """transformers' own processors for sampling, in the order `generate` applies them."""
-    out = LogitsProcessorList()
-    if temperature < 0:
-        raise SlipstreamError(f"temperature must not be negative, but is {temperature}")
-    if temperature not in (0, 1):
-        out.append(TemperatureLogitsWarper(temperature))
-    if top_k:
-        out.append(TopKLogitsWarper(top_k))
-    if top_p is not None and top_p < 1:
-        out.append(TopPLogitsWarper(top_p))
-    return out
+@dataclass
+class _Batch:
+    """The rows that are still going: their places in the call, tokens and room."""
 
+    places: list[int]
+    ids: Tensor  # [B, S], padded on the right
+    lengths: list[int]
+    prompts: list[int]  # tokens of each prompt
+    room: list[int]
 
-def process(processors: LogitsProcessorList, sequence: Tensor, tree: Tree, logits: Tensor) -> Tensor:
-    """Logits [N, V] after the processors, each node seen with its own prefix.
+    def extend(self, new: Sequence[Sequence[Token]]) -> None:
+        """Append each row's new tokens."""
+        for row, tokens in enumerate(new):
+            start = self.lengths[row]
+            self.ids[row, start : start + len(tokens)] = torch.tensor([token.id for token in tokens])
+            self.lengths[row] += len(tokens)
+            self.room[row] -= len(tokens)
 
-    Args:
-        processors: transformers' processors.
-        sequence: Tokens decided so far, the root last, [n].
-        tree: N nodes.
-        logits: Raw logits, [N, V].
-    """
-    out = logits.float()
-    if not processors:
-        return out
-    for depth in tree.depths.unique().tolist():  # prefixes of one depth have one length
-        nodes = (tree.depths == depth).nonzero().squeeze(1)
-        paths = tree.ancestors[nodes].nonzero()[:, 1].view(len(nodes), depth + 1)[:, 1:]
-        prefix = torch.cat([sequence.expand(len(nodes), -1), tree.tokens[paths]], dim=1)
-        out[nodes] = processors(prefix, out[nodes])  # type: ignore[arg-type]
-    return out
+    def keep(self, rows: Sequence[int]) -> None:
+        """Only these rows go on."""
+        self.ids = self.ids[torch.tensor(rows, device=self.ids.device)]
+        for name in ("places", "lengths", "prompts", "room"):
+            setattr(self, name, [getattr(self, name)[row] for row in rows])
 
 
 class Decoder:
@@ -107,135 +105,294 @@ class Decoder:
         self,
         input_ids: Tensor,
         *,
+        attention_mask: Tensor | None = None,
         max_new_tokens: int = 256,
         temperature: float = 0.0,
         top_k: int | None = None,
         top_p: float | None = None,
         verify: str | Verifier | None = None,
         logits_processor: LogitsProcessorList | None = None,
+        stopping_criteria: StoppingCriteriaList | None = None,
         seed: int = 0,
         streamer: BaseStreamer | None = None,
         on_tokens: Callable[[list[Token]], None] | None = None,
+        **options: Any,
     ) -> Generation:
-        """Continue one prompt.
+        """Continue one prompt or several.
 
         Args:
-            input_ids: The prompt, [1, n].
+            input_ids: Prompts, [B, n]; shorter ones padded on either side.
+            attention_mask: [B, n], 0 on padding; None where every row is whole.
             max_new_tokens: Exact to the token.
             temperature: 0 is greedy.
             top_k: Sample among the k most likely tokens.
             top_p: Sample within this share of probability.
             verify: `exact`, `mars` (the policy's tuned relaxed rule), a `Verifier`, or None for the policy's rule.
             logits_processor: transformers' processors; each node of a tree is processed with its own prefix.
-            seed: Of the draws, at T > 0.
-            streamer: A transformers streamer; gets the new tokens of each round.
-            on_tokens: Called with the tagged tokens of each round.
+            stopping_criteria: transformers' criteria, asked after every token.
+            seed: Of the draws, at T > 0; row b draws from seed + b.
+            streamer: A transformers streamer, for one prompt; gets the new tokens of each round.
+            on_tokens: Called with the tagged tokens of each round, for one prompt.
+            **options: Any other setting of transformers' `GenerationConfig` that shapes the logits or the end:
+                `min_p`, `repetition_penalty`, `bad_words_ids`, `eos_token_id`, ..
 
         Raises:
-            SlipstreamError: If the prompt is empty, no batch of one, or longer than the context.
+            SlipstreamError: If a prompt is empty or longer than the context, or an option cannot be honoured.
         """
-        if input_ids.ndim != 2 or input_ids.shape[0] != 1 or input_ids.shape[1] == 0:
-            raise SlipstreamError(f"input_ids must be one prompt, [1, n] with n > 0, but is {list(input_ids.shape)}")
-        if input_ids.shape[1] >= self.target.context:
-            raise SlipstreamError(
-                f"the prompt has {input_ids.shape[1]} tokens, the context of {self.target.name} is {self.target.context}"
-            )
         if max_new_tokens < 0:
             raise SlipstreamError(f"max_new_tokens must not be negative, but is {max_new_tokens}")
-        tokenizer = self.target.tokenizer
-        stops = frozenset(self.target.stop_ids())
-        processors = LogitsProcessorList([*(logits_processor or []), *warpers(temperature, top_k, top_p)])
-        request = _Request(
-            verifier=self.policy.rule(verify),
-            processors=processors,
-            sampling=temperature > 0,
-            generator=torch.Generator(self.target.device).manual_seed(seed),
-            stops=stops,
-            special=stops | frozenset(tokenizer.all_special_ids if tokenizer else ()),
-            spent=Spent(),
+        if temperature < 0:
+            raise SlipstreamError(f"temperature must not be negative, but is {temperature}")
+        sampling = {"temperature": temperature, "top_k": top_k or 0, "top_p": top_p or 1.0} if temperature else {}
+        ends = {} if "eos_token_id" in options else {"eos_token_id": self.target.stop_ids() or None}
+        config = make_config(options, do_sample=temperature > 0, **sampling, **ends)
+        check_config(config)
+        length = input_ids.shape[-1]
+        config.max_length = length + max_new_tokens
+        return self._generate(
+            input_ids,
+            attention_mask,
+            max_new_tokens,
+            config,
+            make_processors(self.target, config, length, attention_mask, logits_processor),
+            stopping_criteria,
+            verify,
+            seed,
+            streamer,
+            on_tokens,
         )
-        room = min(max_new_tokens, self.target.context - input_ids.shape[1])
-        stats = Stats(prompt_tokens=input_ids.shape[1])
-        sequence = input_ids[0].to(self.target.device)
-        tokens: list[Token] = []
+
+    def custom_generate(
+        self,
+        model: PreTrainedModel,
+        input_ids: Tensor,
+        *,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        streamer: BaseStreamer | None = None,
+        **model_kwargs: Any,
+    ) -> Tensor:
+        """For transformers users: `model.generate(ids, custom_generate=decoder.custom_generate, ...)`.
+
+        Takes what `generate` prepared (processors, stopping criteria, defaults of the model's generation config) and
+        decodes with this decoder's draft and rule. At T > 0 the draws are seeded by torch's own generator.
+
+        Raises:
+            SlipstreamError: If `model` is not this decoder's target, or a setting cannot be honoured.
+        """
+        if model is not self.target.model:
+            raise SlipstreamError(f"custom_generate was called for another model than {self.target.name}")
+        check_config(generation_config)
+        if generation_config.return_dict_in_generate:
+            raise SlipstreamError("return_dict_in_generate does not go with tree decoding, which returns sequences")
+        limit = generation_config.max_length - input_ids.shape[1]
+        seed = int(torch.randint(2**31, ())) if generation_config.do_sample else 0
+        out = self._generate(
+            input_ids,
+            model_kwargs.get("attention_mask"),
+            limit,
+            generation_config,
+            logits_processor,
+            stopping_criteria,
+            None,
+            seed,
+            streamer,
+            None,
+        )
+        return out.sequences
+
+    def _generate(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        limit: int,
+        config: GenerationConfig,
+        processors: LogitsProcessorList,
+        criteria: StoppingCriteriaList | None,
+        rule: str | Verifier | None,
+        seed: int,
+        streamer: BaseStreamer | None,
+        on_tokens: Callable[[list[Token]], None] | None,
+    ) -> Generation:
+        target, device = self.target, self.target.device
+        prompts = self._prompts(input_ids, attention_mask)
+        if len(prompts) > 1 and (streamer is not None or on_tokens is not None):
+            raise SlipstreamError(f"a stream follows one prompt, not {len(prompts)}")
+        stop = config.eos_token_id
+        stops = [] if stop is None else [stop] if isinstance(stop, int) else [int(token) for token in stop]
+        special = target.tokenizer.all_special_ids if target.tokenizer is not None else []
+        request = _Request(
+            verifier=self.policy.rule(rule),
+            processors=TreeProcessors(processors, len(prompts)),
+            temperature=float(config.temperature or 1.0) if config.do_sample else 0.0,
+            generators=[torch.Generator(device).manual_seed(seed + row) for row in range(len(prompts))],
+            stops=frozenset(stops),
+            never_relax=torch.tensor(sorted({*stops, *special}), device=device),
+            given=input_ids.to(device),
+            criteria=criteria,
+            spent=[Spent() for _ in prompts],
+        )
+        lengths = [len(prompt) for prompt in prompts]
+        batch = _Batch(
+            places=list(range(len(prompts))),
+            ids=torch.zeros(len(prompts), max(lengths) + limit, dtype=torch.long, device=device),
+            lengths=lengths,
+            prompts=list(lengths),
+            room=[min(limit, target.context - n) for n in lengths],
+        )
+        for row, prompt in zip(batch.ids, prompts, strict=True):
+            row[: len(prompt)] = prompt
+        stats = Stats(prompt_tokens=sum(lengths))
+        rows: list[list[Token]] = [[] for _ in prompts]
         if streamer is not None:
             streamer.put(input_ids.cpu())
         with torch.inference_mode():
-            for new in self._rounds(sequence, room, request, stats):
-                tokens += new
+            for place, new in self._rounds(batch, request, stats):
+                rows[place] += new
                 if streamer is not None:
-                    streamer.put(torch.tensor([t.id for t in new]))
+                    streamer.put(torch.tensor([token.id for token in new]))
                 if on_tokens is not None:
                     on_tokens(new)
         if streamer is not None:
             streamer.end()
-        ids = torch.tensor([[t.id for t in tokens]], dtype=torch.long, device=input_ids.device)
-        stats.new_tokens = len(tokens)
-        stats.relaxed, stats.regret = request.spent.relaxed, request.spent.regret
-        return Generation(torch.cat([input_ids, ids], dim=1), tokens, stats)
+        stats.new_tokens = sum(map(len, rows))
+        stats.relaxed = sum(s.relaxed for s in request.spent)
+        stats.regret = sum(s.regret for s in request.spent)
+        return Generation(_padded(input_ids, rows, config.pad_token_id, stops), rows, stats)
 
-    def _judge(self, request: _Request, sequence: Tensor, tree: Tree, logits: Tensor) -> Verdict:
+    def _prompts(self, input_ids: Tensor, attention_mask: Tensor | None) -> list[Tensor]:
+        """The prompts without their padding."""
+        if input_ids.ndim != 2 or input_ids.numel() == 0:
+            raise SlipstreamError(f"input_ids must be prompts, [B, n] with n > 0, but is {list(input_ids.shape)}")
+        if attention_mask is None:
+            prompts = list(input_ids)
+        elif attention_mask.shape != input_ids.shape:
+            raise SlipstreamError(
+                f"attention_mask is {list(attention_mask.shape)}, but input_ids {list(input_ids.shape)}"
+            )
+        else:
+            prompts = [ids[keep] for ids, keep in zip(input_ids, attention_mask.bool(), strict=True)]
+        for row, prompt in enumerate(prompts):
+            if not len(prompt):
+                raise SlipstreamError(f"prompt {row} is empty: its attention mask is all 0")
+            if len(prompt) >= self.target.context:
+                raise SlipstreamError(
+                    f"the prompt has {len(prompt)} tokens, the context of {self.target.name} is {self.target.context}"
+                )
+        return prompts
+
+    def _judge(self, request: _Request, batch: _Batch, tree: Tree, logits: Tensor) -> Verdict:
         processed = None
-        if request.sampling or request.processors:
-            processed = process(request.processors, sequence, tree, logits)
-        if not request.sampling and processed is not None:
+        if request.temperature or request.processors:
+            prefixes = [
+                torch.cat([request.given[place], ids[start:end]])
+                for place, ids, start, end in zip(batch.places, batch.ids, batch.prompts, batch.lengths, strict=True)
+            ]
+            processed = request.processors(batch.places, prefixes, tree, logits)
+        if not request.temperature and processed is not None:
             logits, processed = processed, None
         return verify(
             request.verifier,
             tree,
             logits,
             processed=processed,
-            generator=request.generator,
-            spent=request.spent,
-            never_relax=request.special,
+            generators=[request.generators[place] for place in batch.places],
+            spent=[request.spent[place] for place in batch.places],
+            never_relax=request.never_relax,
         )
 
-    def _rounds(self, sequence: Tensor, room: int, request: _Request, stats: Stats) -> Iterator[list[Token]]:
-        """The new tokens of the prompt's forward, then of each round, cut at the first stop token and at `room`."""
-        if room <= 0:
+    def _prefill(self, batch: _Batch, cache: TreeCache) -> tuple[Tensor, Tensor]:
+        """Run the prompts; their features [B, n, A*Ht], and the logits at each one's end, [B, 1, V].
+
+        Padding stands on the right, where causality alone hides it.
+        """
+        last = torch.tensor(batch.lengths, device=batch.ids.device) - 1
+        ends = last.unique()
+        out = self.target.forward(batch.ids[:, : max(batch.lengths)], cache=cache, logits_to_keep=ends)
+        cache.commit_first(batch.lengths)
+        rows = torch.arange(len(last), device=last.device)
+        return out.features, out.logits[rows, torch.searchsorted(ends, last)][:, None]
+
+    def _rounds(self, batch: _Batch, request: _Request, stats: Stats) -> Iterator[tuple[int, list[Token]]]:
+        """Place and new tokens of each row after the prompts' forward, then after each round, until all rows are done."""
+        if max(batch.room) <= 0:
             return
         begun = clock = time.perf_counter()
-        self.drafter.reset()
-        cache = TreeCache(self.target.config.num_hidden_layers)
-        out = self.target.forward(sequence[None], cache=cache, logits_to_keep=1)
-        cache.commit(range(len(sequence)))
-        features, logits = out.features[0], out.logits[0].clone()
-        verdict = self._judge(request, sequence[:-1], root_only(sequence[-1]), logits)
+        target, drafter = self.target, self.drafter
+        drafter.begin(len(batch.places))
+        cache = TreeCache(target.config.num_hidden_layers, len(batch.places), batch.ids.device)
+        features, logits = self._prefill(batch, cache)
+        fresh = list(batch.lengths)
+        verdict = self._judge(request, batch, root_only(batch.ids[:, 0]), logits)
         stats.target_seconds += time.perf_counter() - clock
         first = True
         while True:
-            new = _cut(verdict.tokens, room, request.stops)
-            room -= len(new)
+            cut = [_cut(request, batch, row, tokens) for row, tokens in enumerate(verdict.tokens)]
+            new, ended = [tokens for tokens, _ in cut], [over for _, over in cut]
             if not first:
-                stats.accept_lengths.append(len(new))
+                stats.accept_lengths += map(len, new)
             first = False
-            done = room == 0 or new[-1].id in request.stops
+            batch.extend(new)
             stats.seconds = time.perf_counter() - begun
-            yield new
-            if done:
+            yield from zip(batch.places, new, strict=True)
+            going = [row for row, over in enumerate(ended) if not over]
+            if not going:
                 return
-            sequence = torch.cat([sequence, torch.tensor([t.id for t in new], device=sequence.device)])
+            if len(going) < len(new):
+                batch.keep(going)
+                cache.keep(going)
+                drafter.keep(going)
+                features, fresh = features[torch.tensor(going, device=features.device)], [fresh[row] for row in going]
             clock = time.perf_counter()
-            tree = self.drafter.propose(sequence, features, self.policy.tree.within(room))
+            tree = drafter.propose(
+                Round(
+                    ids=batch.ids,
+                    lengths=batch.lengths,
+                    features=features,
+                    fresh=fresh,
+                    shape=self.policy.tree.within(min(max(batch.room), target.context - max(batch.lengths))),
+                    temperature=request.temperature,
+                    generators=[request.generators[place] for place in batch.places],
+                )
+            )
             drafted = time.perf_counter()
-            committed = torch.ones(len(tree), cache.length, dtype=torch.bool, device=sequence.device)
-            out = self.target.forward(
-                tree.tokens[None],
-                position_ids=(tree.depths + cache.length)[None],
-                visible=torch.cat([committed, tree.ancestors], dim=1)[None] if len(tree) > 1 else None,
+            out = target.forward(
+                tree.tokens,
+                position_ids=tree.depths + cache.rows.tensor[:, None],
+                visible=cache.visible(tree.ancestors, tree.nodes) if tree.nodes > 1 or not cache.rows.even else None,
                 cache=cache,
             )
             stats.draft_seconds += drafted - clock
             stats.target_seconds += time.perf_counter() - drafted
-            stats.nodes += len(tree)
-            verdict = self._judge(request, sequence, tree, out.logits[0])
-            cache.commit(verdict.path)
-            features = out.features[0, verdict.path]
+            stats.nodes += tree.nodes * len(going)
+            verdict = self._judge(request, batch, tree, out.logits)
+            cache.commit(verdict.paths)
+            fresh = [len(path) for path in verdict.paths]
+            padded = [path + [0] * (max(fresh) - len(path)) for path in verdict.paths]
+            at = torch.tensor(padded, device=out.features.device)
+            features = out.features.gather(1, at[:, :, None].expand(-1, -1, out.features.shape[-1]))
 
 
-def _cut(tokens: list[Token], room: int, stops: frozenset[int]) -> list[Token]:
-    """The tokens up to `room`, and up to the first stop token."""
+def _cut(request: _Request, batch: _Batch, row: int, tokens: list[Token]) -> tuple[list[Token], bool]:
+    """The tokens up to the row's room and up to the first one that ends it, and whether it has ended."""
+    room = batch.room[row]
     for i, token in enumerate(tokens[:room]):
-        if token.id in stops:
-            return tokens[: i + 1]
-    return tokens[:room]
+        over = token.id in request.stops
+        if request.criteria and not over:
+            decided = batch.ids[row, batch.prompts[row] : batch.lengths[row]]
+            new = torch.tensor([token.id for token in tokens[: i + 1]], device=decided.device)
+            sequence = torch.cat([request.given[batch.places[row]], decided, new])
+            over = bool(request.criteria(sequence[None], None).any())  # type: ignore[arg-type]
+        if over:
+            return tokens[: i + 1], True
+    return tokens[:room], len(tokens) >= room
+
+
+def _padded(input_ids: Tensor, rows: list[list[Token]], pad: int | None, stops: list[int]) -> Tensor:
+    """Prompts as they came and new tokens, rows padded on the right as `generate` does."""
+    fill = pad if pad is not None else stops[0] if stops else 0
+    out = torch.full((len(rows), max(map(len, rows))), fill, dtype=torch.long, device=input_ids.device)
+    for line, tokens in zip(out, rows, strict=True):
+        line[: len(tokens)] = torch.tensor([token.id for token in tokens], dtype=torch.long)
+    return torch.cat([input_ids, out], dim=1)

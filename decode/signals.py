@@ -1,10 +1,11 @@
-"""How sure the target is along a text: the distributions that a relaxation threshold cuts."""
+"""How sure the target is: the signals that let a runner-up pass, and their distributions along a text."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from slipstream.data.template import encode_prompt
 
@@ -12,7 +13,37 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from slipstream.decode.evaluate import Record
+    from slipstream.decode.tree import Tree
     from slipstream.distill.target import Target
+
+
+def fires(signal: str, threshold: float, rank: int, tree: Tree, logits: Tensor, processed: Tensor | None) -> Tensor:
+    """Whether a node's token may pass in place of what the target decided at its parent, [B, N].
+
+    It must be among the target's `rank` likeliest there, and its gap to the top within the threshold. The top token itself
+    (which at T > 0 need not be the one decided on) is judged by the runner-up's gap.
+
+    Args:
+        signal: `ratio` or `margin` on raw logits, `odds` after the processors.
+        threshold: Of the signal.
+        rank: At least 2.
+        tree: N nodes per row.
+        logits: Raw logits, [B, N, V].
+        processed: Logits after the processors, [B, N, V]; None where there are none.
+    """
+    z = processed if signal == "odds" and processed is not None else logits
+    best = z.topk(rank).values.float()
+    best = best.gather(1, tree.parents[:, :, None].expand_as(best))  # [B, N, rank], at the parents
+    rows = torch.arange(len(z), device=z.device)[:, None]
+    own = z[rows, tree.parents, tree.tokens].float()
+    top, judged = best[..., 0], torch.minimum(own, best[..., 1])
+    if signal == "ratio":
+        fired = (top > 0) & (judged > threshold * top)
+    elif signal == "margin":
+        fired = top - judged <= threshold
+    else:
+        fired = torch.exp(judged - top) >= threshold
+    return fired & (own >= best[..., -1])
 
 
 def signal_samples(

@@ -10,39 +10,57 @@ from slipstream.decode.tree import make_tree
 from slipstream.distill.target import Target, aux_layer_ids
 
 
+def _tree(tokens, parents, levels):
+    return make_tree(tokens[None], torch.tensor([parents]), torch.zeros(1, len(parents)), levels)
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_a_tree_gives_each_node_what_its_path_gives_alone(architecture):
+    """Two rows of different length at once; both are longer than every sliding window here, or nearly so."""
     target = tiny_target(architecture)
     torch.manual_seed(1)
-    prompt = torch.randint(3, VOCAB, (1, 15))  # longer than every sliding window here
-    parents = torch.tensor([0, 0, 0, 1, 1, 2, 3, 6, 5])
-    tree = make_tree(torch.randint(3, VOCAB, (9,)), parents, torch.zeros(9), levels=4)
-    cache = TreeCache(4)
-    target.forward(prompt, cache=cache)
-    cache.commit(range(15))
-    visible = torch.cat([torch.ones(9, 15, dtype=torch.bool), tree.ancestors], 1)
-    out = target.forward(tree.tokens[None], position_ids=(tree.depths + 15)[None], visible=visible[None], cache=cache)
-    for node in range(9):
-        path = tree.ancestors[node].nonzero().squeeze(1)
-        alone = target.forward(torch.cat([prompt, tree.tokens[path][None]], 1))
-        torch.testing.assert_close(out.logits[0, node], alone.logits[0, -1], rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(out.features[0, node], alone.features[0, -1], rtol=1e-4, atol=1e-4)
+    lengths, prompts = [15, 7], torch.randint(3, VOCAB, (2, 15))
+    one = _tree(torch.randint(3, VOCAB, (9,)), [0, 0, 0, 1, 1, 2, 3, 6, 5], levels=4)
+    other = _tree(torch.randint(3, VOCAB, (9,)), [0, 0, 1, 1, 3, 3, 0, 6, 7], levels=4)
+    cache = TreeCache(4, batch=2)
+    target.forward(prompts, cache=cache)
+    cache.commit_first(lengths)
+    tokens, depths, ancestors = (
+        torch.cat([getattr(t, name) for t in (one, other)]) for name in ("tokens", "depths", "ancestors")
+    )
+    out = target.forward(
+        tokens, position_ids=depths + torch.tensor(lengths)[:, None], visible=cache.visible(ancestors, 9), cache=cache
+    )
+    for row, length in enumerate(lengths):
+        for node in range(9):
+            path = ancestors[row, node].nonzero().squeeze(1)
+            alone = target.forward(torch.cat([prompts[row, :length], tokens[row, path]])[None])
+            torch.testing.assert_close(out.logits[row, node], alone.logits[0, -1], rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(out.features[row, node], alone.features[0, -1], rtol=1e-4, atol=1e-4)
 
 
-def test_committing_a_path_equals_having_run_only_that_path():
+def test_committing_paths_equals_having_run_only_those_paths():
     target = tiny_target()
-    prompt, tree_tokens = torch.arange(3, 9)[None], torch.tensor([20, 21, 22, 23])
-    tree = make_tree(tree_tokens, torch.tensor([0, 0, 0, 2]), torch.zeros(4), levels=2)
-    cache = TreeCache(4)
-    target.forward(prompt, cache=cache)
-    cache.commit(range(6))
-    visible = torch.cat([torch.ones(4, 6, dtype=torch.bool), tree.ancestors], 1)[None]
-    target.forward(tree.tokens[None], position_ids=(tree.depths + 6)[None], visible=visible, cache=cache)
-    cache.commit([0, 2, 3])
-    after = target.forward(torch.tensor([[30]]), position_ids=torch.tensor([[9]]), cache=cache)
-    plain = target.forward(torch.cat([prompt, torch.tensor([[20, 22, 23, 30]])], 1))
-    assert cache.length == 9
-    torch.testing.assert_close(after.logits[0, -1], plain.logits[0, -1], rtol=1e-4, atol=1e-4)
+    prompts, drafts = torch.arange(3, 15).view(2, 6), torch.tensor([[20, 21, 22, 23], [30, 31, 32, 33]])
+    tree = make_tree(drafts, torch.tensor([[0, 0, 0, 2], [0, 0, 1, 1]]), torch.zeros(2, 4), levels=2)
+    cache = TreeCache(4, batch=2)
+    target.forward(prompts, cache=cache)
+    cache.commit_first([6, 4])
+    at = torch.tensor([[6], [4]])
+    target.forward(tree.tokens, position_ids=tree.depths + at, visible=cache.visible(tree.ancestors, 4), cache=cache)
+    cache.commit([[0, 2, 3], [0]])
+    assert cache.lengths == [9, 5]
+    alone = torch.ones(2, 1, 1, dtype=torch.bool)
+    after = target.forward(
+        torch.tensor([[40], [41]]), position_ids=torch.tensor([[9], [5]]), visible=cache.visible(alone, 1), cache=cache
+    )
+    for row, line in enumerate(([3, 4, 5, 6, 7, 8, 20, 22, 23, 40], [9, 10, 11, 12, 30, 41])):
+        plain = target.forward(torch.tensor([line]))
+        torch.testing.assert_close(after.logits[row, -1], plain.logits[0, -1], rtol=1e-4, atol=1e-4)
+    cache.rollback()
+    cache.keep([1])
+    again = target.forward(torch.tensor([[41]]), position_ids=torch.tensor([[5]]), cache=cache)
+    torch.testing.assert_close(again.logits[0], after.logits[1], rtol=1e-4, atol=1e-4)
 
 
 def test_features_are_the_states_entering_the_chosen_layers():

@@ -7,7 +7,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from slipstream.decode.tree import Tree, TreeShape, make_tree
+from slipstream.decode.drafters import NoDrafter, Round
+from slipstream.decode.tree import Tree, make_tree
 from slipstream.distill.heads import new_head
 from slipstream.distill.target import Target
 
@@ -33,6 +34,15 @@ ARCHITECTURES: dict[str, dict[str, object]] = {
     "mistral": {"sliding_window": 8},
     "phi3": {"sliding_window": 12},
     "gpt_neox": {},
+    "gpt2": {"n_embd": 32, "n_layer": 4, "n_head": 4, "n_positions": 128, "n_inner": 48},
+    "gemma2": {"head_dim": 16, "sliding_window": 8},
+    "stablelm": {},
+    "qwen2_moe": {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "shared_expert_intermediate_size": 32,
+    },
     "mixtral": {"num_local_experts": 4, "sliding_window": None},
     "olmo2": {},
 }
@@ -57,30 +67,35 @@ def greedy(target: Target, prompt: Tensor, new: int) -> Tensor:
     )
 
 
-class OracleDrafter:
-    """Knows the right continuation, hides it among wrong siblings, and is wrong from a random depth on."""
+class OracleDrafter(NoDrafter):
+    """Knows each row's right continuation, hides it among wrong siblings, and is wrong from a random depth on."""
 
     def __init__(self, truth: Tensor, seed: int = 0) -> None:
-        self.truth = truth
+        self.truth = truth  # [B, S]
         self.draw = torch.Generator().manual_seed(seed)
 
-    def reset(self) -> None:
-        """Nothing to forget."""
+    def begin(self, batch: int) -> None:
+        """All rows are there."""
+        self.rows = list(range(batch))
 
-    def propose(self, sequence: Tensor, features: Tensor, shape: TreeShape) -> Tree:
+    def keep(self, rows: list[int]) -> None:
+        """Only these go on."""
+        self.rows = [self.rows[row] for row in rows]
+
+    def propose(self, round: Round) -> Tree:
         """A spine of which a random part is true, each spine node with wrong siblings."""
-        good = int(torch.randint(0, shape.depth + 1, (), generator=self.draw))
-        tokens, parents, spine = [int(sequence[-1])], [0], 0
-        for depth in range(shape.depth):
-            at = len(sequence) + depth
-            true = int(self.truth[at]) if at < len(self.truth) else 5
-            right = true if depth < good else (true + 3) % VOCAB
-            siblings = [(true + 1) % VOCAB, right, (true + 2) % VOCAB][: max(1, shape.top_k)]
-            if right not in siblings:
-                siblings[0] = right
-            first = len(tokens)
-            tokens += siblings
-            parents += [spine] * len(siblings)
-            spine = first + siblings.index(right)
-        count = torch.zeros(len(tokens))
-        return make_tree(torch.tensor(tokens), torch.tensor(parents), count, shape.depth)
+        width, depth = min(3, max(1, round.shape.top_k)), round.shape.depth
+        tokens, parents, spine = [[int(root)] for root in round.roots], [0], 0
+        right = torch.randint(0, width, (depth,), generator=self.draw).tolist()
+        for level in range(depth):
+            for row, length, out in zip(self.rows, round.lengths, tokens, strict=True):
+                good = int(torch.randint(0, 3, (), generator=self.draw)) > 0
+                at = length + level
+                true = int(self.truth[row, at]) if at < self.truth.shape[1] else 5
+                out += [(true + 1 + i + (1 if i == right[level] else 0)) % VOCAB for i in range(width)]
+                if good:
+                    out[-width + right[level]] = true
+            parents += [spine] * width
+            spine = len(parents) - width + right[level]
+        count = torch.zeros(len(tokens), len(parents))
+        return make_tree(torch.tensor(tokens), torch.tensor(parents).expand(len(tokens), -1), count, depth)

@@ -1,0 +1,155 @@
+"""transformers' logits processors on trees: every node is processed with its own prefix, as `generate` would have it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessorList
+from transformers.generation import logits_process
+
+from slipstream.configs.errors import SlipstreamError
+from slipstream.configs.suggest import near
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from transformers import LogitsProcessor
+
+    from slipstream.decode.tree import Tree
+    from slipstream.distill.target import Target
+
+_BY_TOKEN = (  # they look at nothing but the logits
+    logits_process.TemperatureLogitsWarper,
+    logits_process.TopKLogitsWarper,
+    logits_process.TopPLogitsWarper,
+    logits_process.TopHLogitsWarper,
+    logits_process.MinPLogitsWarper,
+    logits_process.TypicalLogitsWarper,
+    logits_process.EpsilonLogitsWarper,
+    logits_process.EtaLogitsWarper,
+    logits_process.InfNanRemoveLogitsProcessor,
+    logits_process.LogitNormalization,
+    logits_process.SuppressTokensLogitsProcessor,
+)
+_STATEFUL = (  # they count on one call per token
+    logits_process.UnbatchedClassifierFreeGuidanceLogitsProcessor,
+    logits_process.ClassifierFreeGuidanceLogitsProcessor,
+    logits_process.SynthIDTextWatermarkLogitsProcessor,
+)
+_SEARCHES = {
+    "num_beams": 1,
+    "num_return_sequences": 1,
+    "penalty_alpha": None,
+    "dola_layers": None,
+    "prompt_lookup_num_tokens": None,
+}
+
+
+def check_config(config: GenerationConfig) -> None:
+    """Refuse the generation settings that tree decoding cannot honour.
+
+    Raises:
+        SlipstreamError: On beam search, several sequences per prompt, or another assisted method.
+    """
+    for name, plain in _SEARCHES.items():
+        if getattr(config, name, plain) not in (plain, None):
+            raise SlipstreamError(f"generation setting {name}={getattr(config, name)} does not go with tree decoding")
+
+
+def make_config(options: dict[str, Any], **settings: Any) -> GenerationConfig:
+    """A generation config of the given settings and the caller's further options.
+
+    Raises:
+        SlipstreamError: On an option that transformers does not know.
+    """
+    known = vars(GenerationConfig())
+    for name in options:
+        if name not in known:
+            raise SlipstreamError(f"unknown generation option {name!r}{near(name, list(known))}")
+    try:
+        return GenerationConfig(**settings, **options)
+    except ValueError as error:
+        raise SlipstreamError(f"generation options: {str(error).splitlines()[0]}") from error
+
+
+def make_processors(
+    target: Target,
+    config: GenerationConfig,
+    prompt_length: int,
+    attention_mask: Tensor | None = None,
+    extra: LogitsProcessorList | None = None,
+) -> LogitsProcessorList:
+    """The processors `generate` would apply, in its order."""
+    target.model._prepare_special_tokens(config, True, device=target.device)  # some processors read its tensors
+    try:
+        return target.model._get_logits_processor(
+            config,
+            input_ids_seq_length=prompt_length,
+            logits_processor=extra,
+            device=target.device,
+            model_kwargs={"attention_mask": attention_mask},
+        )
+    except ValueError as error:
+        raise SlipstreamError(f"generation options: {str(error).splitlines()[0]}") from error
+
+
+def _of_row(processor: LogitsProcessor, row: int) -> LogitsProcessor:
+    """What a processor of a whole batch does to one row of it."""
+    if isinstance(processor, logits_process.RepetitionPenaltyLogitsProcessor):
+        if isinstance(processor.prompt_ignore_length, Tensor):
+            return type(processor)(processor.penalty, int(processor.prompt_ignore_length[row]))
+    elif isinstance(processor, logits_process.PrefixConstrainedLogitsProcessor):
+        allowed = processor._prefix_allowed_tokens_fn
+        return type(processor)(lambda _, ids: allowed(row, ids), 1)
+    return processor
+
+
+class TreeProcessors:
+    """Processors for the nodes of a batch of trees.
+
+    Attributes:
+        prefixed: Per row of the call, processors that may look at the tokens before; called once per row and depth.
+        by_token: Those behind them that do not, called once.
+    """
+
+    def __init__(self, processors: LogitsProcessorList, batch: int) -> None:
+        for processor in processors:
+            if isinstance(processor, _STATEFUL):
+                raise SlipstreamError(
+                    f"{type(processor).__name__} keeps a state from token to token, which a tree has not; "
+                    "use transformers' generate for it"
+                )
+        split = len(processors)
+        while split and isinstance(processors[split - 1], _BY_TOKEN):
+            split -= 1
+        self.prefixed = [LogitsProcessorList(_of_row(p, row) for p in processors[:split]) for row in range(batch)]
+        self.by_token: list[LogitsProcessor] = list(processors[split:])
+
+    def __bool__(self) -> bool:
+        return bool(self.prefixed[0] or self.by_token)
+
+    def __call__(self, places: Sequence[int], prefixes: Sequence[Tensor], tree: Tree, logits: Tensor) -> Tensor:
+        """Processed logits [B, N, V].
+
+        Args:
+            places: Which row of the call each row of the batch is.
+            prefixes: Tokens decided so far of each row, the root last, each [n].
+            tree: N nodes per row.
+            logits: Raw logits, [B, N, V]; not changed.
+        """
+        out = logits.to(torch.float32, copy=True)
+        for row, (place, prefix) in enumerate(zip(places, prefixes, strict=True)):
+            if not self.prefixed[place]:
+                break
+            for depth in range(tree.levels + 1):  # prefixes of one depth have one length
+                nodes = (tree.depths[row] == depth).nonzero().squeeze(1)
+                if len(nodes):
+                    lines = tree.ancestors[row, nodes].nonzero()[:, 1].view(len(nodes), depth + 1)[:, 1:]
+                    seen = torch.cat([prefix.expand(len(nodes), -1), tree.tokens[row, lines]], dim=1)
+                    out[row, nodes] = self.prefixed[place](seen, out[row, nodes])  # type: ignore[arg-type]
+        flat = out.flatten(0, 1)
+        for processor in self.by_token:
+            flat = processor(prefixes[0][None], flat)  # type: ignore[arg-type]
+        return flat.view_as(out)
