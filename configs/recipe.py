@@ -39,14 +39,16 @@ class DataSettings:
         conversations: JSON, JSONL or Parquet of `messages`; None is the set that ships with the package.
         max_length: Longer conversations are cut, tokens.
         batch_tokens: Padded tokens per micro-batch and process.
+        batches: Learn from this many micro-batches only, over and over; None takes all the data.
     """
 
     conversations: str | None = None
     max_length: int = 512
     batch_tokens: int = 1024
+    batches: int | None = None
 
     def __post_init__(self) -> None:
-        _require(self, "data", ("max_length", "batch_tokens"))
+        _require(self, "data", ("max_length", "batch_tokens", "batches"))
 
 
 @dataclass(frozen=True)
@@ -74,15 +76,25 @@ class DistillSettings:
         step_decay: Weight of step k is `step_decay ** k`, over the sum of the weights.
         objective: `forward_kl`, `total_variation`, `lk_alpha` or `lk_lambda`.
         noise: Width of uniform noise on the target features.
+        feature_weight: Of the distance between the head's output and the target's last hidden state, beside the objective.
+        single: Share of the training, from its beginning, in which the head is unrolled one step only: cheaper, and all
+            that matters while its first draft is mostly wrong.
+        keep_features: Keep the features of `data.batches` in memory after their first pass, 2 * (A + 1) * Ht bytes a
+            token in bf16, so that the target runs once per batch and not once per pass.
     """
 
     steps: int = 3
     step_decay: float = 0.8
     objective: str = "lk_lambda"
     noise: float = 0.0
+    feature_weight: float = 0.0
+    single: float = 0.0
+    keep_features: bool = False
 
     def __post_init__(self) -> None:
         _require(self, "distill", ("steps", "step_decay"))
+        if not 0 <= self.single <= 1:
+            raise SlipstreamError(f"distill.single is a share of the training, from 0 to 1, not {self.single}")
 
 
 @dataclass(frozen=True)
@@ -137,3 +149,7 @@ class Recipe:
     head: HeadSettings = field(default_factory=HeadSettings)
     distill: DistillSettings = field(default_factory=DistillSettings)
     train: TrainSettings = field(default_factory=TrainSettings)
+
+    def __post_init__(self) -> None:
+        if self.distill.keep_features and self.data.batches is None:
+            raise SlipstreamError("distill.keep_features needs data.batches: the features of how many batches to keep")

@@ -26,15 +26,24 @@ class Batches:
 
     `batches[i]` depends on nothing but the seed and i, so that a resumed run, or one of several processes, reads exactly
     what it should.
+
+    Args:
+        tokens: `input_ids` and `mask` per row.
+        batch_tokens: Padded tokens of a batch, at most, unless one row alone is longer.
+        seed: Of the order.
+        limit: Use only the first epoch's first batches, as they are, in a new order every pass; None uses all, and
+            puts them together anew every epoch.
     """
 
-    def __init__(self, tokens: Dataset, batch_tokens: int, seed: int) -> None:
+    def __init__(self, tokens: Dataset, batch_tokens: int, seed: int, limit: int | None = None) -> None:
         self.tokens = tokens
         self.batch_tokens = batch_tokens
         self.seed = seed
         self.lengths = np.array([len(ids) for ids in tokens["input_ids"]])
         self._epochs: dict[int, list[list[int]]] = {}
-        self.per_epoch = len(self._plan(0))
+        whole = len(self._plan(0))
+        self.limit = limit if limit is not None and limit < whole else None
+        self.per_epoch = self.limit or whole
 
     def _plan(self, epoch: int) -> list[list[int]]:
         """Row indices of each batch of an epoch."""
@@ -56,7 +65,15 @@ class Batches:
             self._epochs = {epoch: [plan[i] for i in draw.permutation(len(plan))]}
         return self._epochs[epoch]
 
+    def which(self, index: int) -> int:
+        """Which of a limited set of batches the index-th is."""
+        assert self.limit is not None
+        epoch, place = divmod(index, self.limit)
+        return int(np.random.default_rng([self.seed, epoch]).permutation(self.limit)[place])
+
     def __getitem__(self, index: int) -> Batch:
+        if self.limit is not None:
+            return collate(self.tokens, self._plan(0)[self.which(index)])
         # Epochs differ a little in their number of batches; index counts in units of the first epoch's.
         epoch, place = divmod(index, self.per_epoch)
         plan = self._plan(epoch)

@@ -21,9 +21,12 @@ class Rows:
     Attributes:
         lengths: One per row.
         tensor: The same, [B].
+        even: Whether all are equal.
+        whole: Whether layers hand out their buffers as a whole, so that no shape depends on the lengths.
     """
 
     def __init__(self, batch: int, device: torch.device) -> None:
+        self.whole = False
         self.set([0] * batch, device)
 
     def set(self, lengths: list[int], device: torch.device) -> None:
@@ -61,6 +64,10 @@ class TreeLayer(CacheLayerMixin):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append [B, heads, Q, d] to every row and return everything up to the longest row's end, as views."""
+        if self.rows.whole:  # nothing below that reads a length: a compiled graph would be bound to it
+            assert self.keys is not None and self.values is not None
+            self._scatter(key_states, value_states)
+            return self.keys, self.values
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         count = key_states.shape[2]
@@ -68,14 +75,20 @@ class TreeLayer(CacheLayerMixin):
         if end > self.capacity:
             self._grow(end)
         assert self.keys is not None and self.values is not None
-        for buffer, new in ((self.keys, key_states), (self.values, value_states)):
-            if self.rows.even:
-                buffer[:, :, end - count : end] = new
-            else:
-                slots = self.rows.tensor[:, None] + torch.arange(count, device=new.device) + self.tentative
-                buffer.scatter_(2, slots[:, None, :, None].expand_as(new), new)
+        if self.rows.even:
+            self.keys[:, :, end - count : end] = key_states
+            self.values[:, :, end - count : end] = value_states
+        else:
+            self._scatter(key_states, value_states)
         self.tentative += count
         return self.keys[:, :, :end], self.values[:, :, :end]
+
+    def _scatter(self, key_states: Tensor, value_states: Tensor) -> None:
+        assert self.keys is not None and self.values is not None
+        new = torch.arange(key_states.shape[2], device=key_states.device) + self.tentative
+        slots = (self.rows.tensor[:, None] + new)[:, None, :, None]
+        self.keys.scatter_(2, slots.expand_as(key_states), key_states)
+        self.values.scatter_(2, slots.expand_as(value_states), value_states)
 
     def move(self, source: Tensor, target: Tensor) -> None:
         """Copy slots `source` [B, W] to slots `target` [B, W] of each row."""
@@ -98,12 +111,28 @@ class TreeLayer(CacheLayerMixin):
 
 
 class TreeCache(Cache):
-    """One `TreeLayer` per layer of a model, with the same committed lengths, which may differ between rows."""
+    """One `TreeLayer` per layer of a model, with the same committed lengths, which may differ between rows.
 
-    def __init__(self, num_layers: int, batch: int = 1, device: torch.device | str = "cpu") -> None:
+    Args:
+        num_layers: Of the model.
+        batch: Rows.
+        device: Where the model is.
+        capacity: Slots to begin with; more are added as needed.
+    """
+
+    def __init__(self, num_layers: int, batch: int = 1, device: torch.device | str = "cpu", capacity: int = 0) -> None:
         self.rows = Rows(batch, torch.device(device))
         self._tentative: list[Tensor] = []  # positions, where a model asks for them
-        super().__init__(layers=[TreeLayer(self.rows) for _ in range(num_layers)])
+        super().__init__(layers=[TreeLayer(self.rows, capacity) for _ in range(num_layers)])
+
+    @property
+    def whole(self) -> bool:
+        """Whether every forward sees all slots, empty ones masked, one forward between commits: shapes never change."""
+        return self.rows.whole
+
+    @whole.setter
+    def whole(self, value: bool) -> None:
+        self.rows.whole = value
 
     @property
     def lengths(self) -> list[int]:
@@ -118,10 +147,10 @@ class TreeCache(Cache):
             new: How many of the T this forward brings.
 
         Returns:
-            Bool [B, Q, K], K reaching to the end of the longest row.
+            Bool [B, Q, K], K reaching to the end of the longest row, or of the buffers where those are seen as a whole.
         """
         batch, queries, count = tentative.shape
-        total = self.layers[0].get_seq_length() + new
+        total = self.layers[0].capacity if self.whole else self.layers[0].get_seq_length() + new
         behind = torch.arange(total, device=tentative.device) - self.rows.tensor[:, None]  # [B, K]
         at = behind.clamp(0, count - 1)[:, None].expand(batch, queries, total)
         inside = ((behind >= 0) & (behind < count))[:, None]
@@ -131,7 +160,8 @@ class TreeCache(Cache):
         """Note the positions [B, Q] of the tokens that come next, and return those of all slots, [B, K]."""
         self._tentative.append(position_ids)
         tentative = torch.cat(self._tentative, 1)
-        total, count = max(self.lengths) + tentative.shape[1], tentative.shape[1]
+        count = tentative.shape[1]
+        total = self.layers[0].capacity if self.whole else max(self.lengths) + count
         slots = torch.arange(total, device=tentative.device).expand(len(tentative), -1)
         behind = slots - self.rows.tensor[:, None]
         drafted = tentative.gather(1, behind.clamp(0, count - 1))

@@ -13,6 +13,7 @@ from slipstream.configs.errors import SlipstreamError
 from slipstream.decode.cache import TreeCache, causal
 from slipstream.decode.draws import uniforms
 from slipstream.decode.tree import Tree, TreeBuilder, TreeShape, fixed_levels, make_tree, root_only
+from slipstream.distill.packing import pack
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -228,6 +229,7 @@ class HeadDrafter(_TreeDrafter):
 
     def __init__(self, head: DraftHead, target: Target) -> None:
         self.head = head
+        self.packing = pack(head)
         self.embeddings = target.embeddings
         self.vocabulary = head.vocabulary()
         self.vocab_size = target.vocab_size
@@ -249,6 +251,10 @@ class HeadDrafter(_TreeDrafter):
 
         embedding = self.embeddings(tokens).to(hidden.dtype)
         return self.head(embedding, hidden, positions, attend)
+
+    def propose(self, round: Round) -> Tree:
+        with self.packing.used():
+            return super().propose(round)
 
     def _extend(self, round: Round) -> tuple[Tensor, Tensor]:
         """Run the head over the rows whose true features are new.

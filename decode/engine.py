@@ -14,6 +14,7 @@ from slipstream.decode.cache import TreeCache
 from slipstream.decode.drafters import Drafter, NoDrafter, Round
 from slipstream.decode.policy import Policy
 from slipstream.decode.processors import TreeProcessors, check_config, make_config, make_processors
+from slipstream.decode.speculation import SIZES
 from slipstream.decode.stats import Stats
 from slipstream.decode.tree import Tree, root_only
 from slipstream.decode.verify import Spent, Token, Verdict, Verifier, verify
@@ -80,6 +81,12 @@ class _Batch:
             self.lengths[row] += len(tokens)
             self.room[row] -= len(tokens)
 
+    @property
+    def roots(self) -> Tensor:
+        """The last decided token of each row, [B]."""
+        last = torch.tensor(self.lengths, device=self.ids.device) - 1
+        return self.ids.gather(1, last[:, None])[:, 0]
+
     def keep(self, rows: Sequence[int]) -> None:
         """Only these rows go on."""
         self.ids = self.ids[torch.tensor(rows, device=self.ids.device)]
@@ -144,8 +151,10 @@ class Decoder:
         if temperature < 0:
             raise SlipstreamError(f"temperature must not be negative, but is {temperature}")
         sampling = {"temperature": temperature, "top_k": top_k or 0, "top_p": top_p or 1.0} if temperature else {}
-        ends = {} if "eos_token_id" in options else {"eos_token_id": self.target.stop_ids() or None}
-        config = make_config(options, do_sample=temperature > 0, **sampling, **ends)
+        generation = self.target.model.generation_config
+        pad = generation.pad_token_id if generation is not None else None
+        options = {"eos_token_id": self.target.stop_ids() or None, "pad_token_id": pad, **options}
+        config = make_config(options, do_sample=temperature > 0, **sampling)
         check_config(config)
         length = input_ids.shape[-1]
         config.max_length = length + max_new_tokens
@@ -247,7 +256,7 @@ class Decoder:
         rows: list[list[Token]] = [[] for _ in prompts]
         if streamer is not None:
             streamer.put(input_ids.cpu())
-        with torch.inference_mode():
+        with torch.no_grad() if target.compiled else torch.inference_mode():
             for place, new in self._rounds(batch, request, stats):
                 rows[place] += new
                 if streamer is not None:
@@ -321,9 +330,13 @@ class Decoder:
         begun = clock = time.perf_counter()
         target, drafter = self.target, self.drafter
         drafter.begin(len(batch.places))
-        cache = TreeCache(target.config.num_hidden_layers, len(batch.places), batch.ids.device)
+        whole = target.compiled and len(batch.places) == 1
+        capacity = _capacity(batch.ids.shape[1] + self.policy.tree.nodes) if whole else 0
+        cache = TreeCache(target.config.num_hidden_layers, len(batch.places), batch.ids.device, capacity)
         features, logits = self._prefill(batch, cache)
+        cache.whole = whole
         fresh = list(batch.lengths)
+        controller = self.policy.speculation.controller(self.policy.tree, target)
         verdict = self._judge(request, batch, root_only(batch.ids[:, 0]), logits)
         stats.target_seconds += time.perf_counter() - clock
         first = True
@@ -345,33 +358,64 @@ class Decoder:
                 drafter.keep(going)
                 features, fresh = features[torch.tensor(going, device=features.device)], [fresh[row] for row in going]
             clock = time.perf_counter()
-            tree = drafter.propose(
-                Round(
-                    ids=batch.ids,
-                    lengths=batch.lengths,
-                    features=features,
-                    fresh=fresh,
-                    shape=self.policy.tree.within(min(max(batch.room), target.context - max(batch.lengths))),
-                    temperature=request.temperature,
-                    generators=[request.generators[place] for place in batch.places],
+            shape = controller.shape()
+            if shape is None:
+                tree = root_only(batch.roots)
+            else:
+                left = target.context - max(batch.lengths)
+                shape = shape.within(left if whole else min(left, max(batch.room)))
+                tree = drafter.propose(
+                    Round(
+                        ids=batch.ids,
+                        lengths=batch.lengths,
+                        features=features,
+                        fresh=fresh,
+                        shape=shape,
+                        temperature=request.temperature,
+                        generators=[request.generators[place] for place in batch.places],
+                        enough=controller.enough,
+                    )
                 )
-            )
+                features, fresh = features[:, :0], [0] * len(going)
+                if whole and tree.nodes > 1:
+                    size = max(shape.nodes, tree.nodes)
+                    tree = tree.padded(next((n for n in SIZES if n >= size), size))
             drafted = time.perf_counter()
+            plain = tree.nodes == 1 and cache.rows.even and not whole
             out = target.forward(
                 tree.tokens,
                 position_ids=tree.depths + cache.rows.tensor[:, None],
-                visible=cache.visible(tree.ancestors, tree.nodes) if tree.nodes > 1 or not cache.rows.even else None,
+                visible=None if plain else cache.visible(tree.ancestors, tree.nodes),
                 cache=cache,
             )
+            verified = time.perf_counter()
             stats.draft_seconds += drafted - clock
-            stats.target_seconds += time.perf_counter() - drafted
+            stats.target_seconds += verified - drafted
             stats.nodes += tree.nodes * len(going)
             verdict = self._judge(request, batch, tree, out.logits)
             cache.commit(verdict.paths)
-            fresh = [len(path) for path in verdict.paths]
-            padded = [path + [0] * (max(fresh) - len(path)) for path in verdict.paths]
-            at = torch.tensor(padded, device=out.features.device)
-            features = out.features.gather(1, at[:, :, None].expand(-1, -1, out.features.shape[-1]))
+            controller.observe(tree, verdict.paths, drafted - clock, verified - drafted)
+            features, fresh = _append(features, fresh, out.features, verdict.paths)
+
+
+def _append(
+    features: Tensor, fresh: list[int], new: Tensor, paths: Sequence[Sequence[int]]
+) -> tuple[Tensor, list[int]]:
+    """Features [B, m, F] of which `fresh[b]` are real, followed by those of the accepted nodes; the real ones first."""
+    counts = [n + len(path) for n, path in zip(fresh, paths, strict=True)]
+    behind, width = features.shape[1], max(counts)
+    index = [[*range(n), *(behind + node for node in path)] for n, path in zip(fresh, paths, strict=True)]
+    padded = torch.tensor([line + [0] * (width - len(line)) for line in index], device=new.device)
+    joined = torch.cat([features, new], 1) if behind else new
+    return joined.gather(1, padded[:, :, None].expand(-1, -1, new.shape[-1])), counts
+
+
+def _capacity(tokens: int) -> int:
+    """Slots of a cache of fixed size: few sizes occur, since every one has its own compiled graphs."""
+    size = 256
+    while size < tokens:
+        size *= 2
+    return size
 
 
 def _cut(request: _Request, batch: _Batch, row: int, tokens: list[Token]) -> tuple[list[Token], bool]:

@@ -165,7 +165,7 @@ def run(
     return records
 
 
-def _interval(base: list[Record], ours: list[Record], seed: int) -> tuple[float, list[float]]:
+def interval(base: list[Record], ours: list[Record], seed: int) -> tuple[float, list[float]]:
     """Ratio of pooled tokens per second, and its 95 % interval: paired bootstrap over prompts."""
     data = np.array([[b.tokens, b.seconds, o.tokens, o.seconds] for b, o in zip(base, ours, strict=True)])
 
@@ -207,7 +207,7 @@ def result_rows(
             tokens, seconds = sum(r.tokens for r in group), sum(r.seconds for r in group)
             lengths = [n for r in group for n in r.accept_lengths]
             target, draft = sum(r.target_seconds for r in group), sum(r.draft_seconds for r in group)
-            speedup, interval = _interval(chosen[0], group, seed)
+            speedup, span = interval(chosen[0], group, seed)
             out.append(
                 {
                     "task": task,
@@ -219,8 +219,8 @@ def result_rows(
                     "tokens": tokens,
                     "tokens_per_second": round(tokens / seconds, 2),
                     "speedup": round(speedup, 3),
-                    "speedup_ci95": interval,
-                    "speedup_engine": round(_interval(chosen[1], group, seed)[0], 3),
+                    "speedup_ci95": span,
+                    "speedup_engine": round(interval(chosen[1], group, seed)[0], 3),
                     "acceptance_length": round(float(np.mean(lengths)), 3) if lengths else 1.0,
                     "acceptance_by_position": by_position(lengths) if lengths else [],
                     "relaxed_share": round(sum(r.relaxed for r in group) / tokens, 4),

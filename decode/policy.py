@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from slipstream.configs.errors import SlipstreamError
 from slipstream.configs.files import write_atomic
 from slipstream.configs.suggest import near
+from slipstream.decode.speculation import Speculation
 from slipstream.decode.tree import TreeShape
 from slipstream.decode.verify import Verifier
 
@@ -26,12 +27,14 @@ class Policy:
         tree: The tree to draft. The default suits a CPU, where some 16 nodes are nearly free to verify.
         verify: The rule when the caller names none: exact.
         relaxed: The rule when the caller says `mars`.
+        speculation: How the tree changes from round to round.
         measured: What tuning saw, for people.
     """
 
     tree: TreeShape = field(default_factory=TreeShape)
     verify: Verifier = field(default_factory=Verifier)
     relaxed: Verifier = field(default_factory=lambda: Verifier(rule="mars"))
+    speculation: Speculation = field(default_factory=Speculation)
     measured: dict[str, Any] = field(default_factory=dict)
 
     def rule(self, verify: str | Verifier | None) -> Verifier:
@@ -46,6 +49,7 @@ class Policy:
             "tree": asdict(self.tree),
             "verify": self.verify.to_dict(),
             "relaxed": self.relaxed.to_dict(),
+            "speculation": self.speculation.to_dict(),
             "measured": self.measured,
         }
 
@@ -71,5 +75,6 @@ class Policy:
             TreeShape(**data.get("tree", {})),
             Verifier.from_dict(data.get("verify", {})),
             Verifier.from_dict(data.get("relaxed", {"rule": "mars"})),
+            Speculation(**data.get("speculation", {})),
             data.get("measured", {}),
         )

@@ -120,6 +120,22 @@ class Tree:
         """N, the root included."""
         return self.tokens.shape[1]
 
+    def padded(self, nodes: int) -> Tree:
+        """The same with further children of the root, up to N = `nodes`; they repeat its token."""
+        extra = nodes - self.nodes
+        if extra <= 0 or self.drawn is not None:
+            return self
+
+        def more(x: Tensor, value: Tensor | float) -> Tensor:
+            return torch.cat([x, x.new_zeros(len(x), extra) + value], 1)
+
+        return make_tree(
+            more(self.tokens, self.tokens[:, :1]),
+            more(self.parents, 0),
+            more(self.scores, -torch.inf),
+            max(1, self.levels),
+        )
+
     def children(self) -> Tensor:
         """Nodes by parent and rank among siblings, [B, N, W]; -1 where there is none."""
         same = (self.parents[:, :, None] == self.parents[:, None, :]).tril(-1)

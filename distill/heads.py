@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from slipstream.configs.errors import SlipstreamError
 from slipstream.configs.files import folder_atomic
@@ -57,6 +58,16 @@ def save_head(head: DraftHead, folder: Path, provenance: dict[str, Any]) -> None
     with folder_atomic(folder) as temporary:
         head.save_pretrained(temporary)
         (temporary / "provenance.json").write_text(json.dumps({**provenance, "versions": versions()}, indent=2) + "\n")
+
+
+def is_head(folder: str | Path) -> bool:
+    """Whether a local folder, or anything that is not one, is to be read as a draft head rather than as a causal LM."""
+    config = Path(folder).expanduser() / "config.json"
+    try:
+        kind = json.loads(config.read_text()).get("model_type")
+    except (OSError, ValueError, AttributeError):
+        return True
+    return kind == DraftConfig.model_type or kind not in CONFIG_MAPPING
 
 
 def load_head(

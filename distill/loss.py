@@ -18,14 +18,14 @@ _CHUNK = 128  # rows; 128 x 8192 fp32 values stay in a CPU's cache
 _TEACHER_CHUNK = 64  # rows, of the target's whole vocabulary
 
 
-def teacher_from_logits(logits: Tensor, rows: Tensor, vocabulary: Tensor, membership: Tensor) -> Teacher:
-    """The teacher at R rows of target logits [.., V], from draft vocabulary ids [Vd] and membership mask [V]."""
-    inside = torch.empty(len(rows), len(vocabulary), device=logits.device)
-    argmax = torch.empty(len(rows), dtype=torch.long, device=logits.device)
+def teacher_from_logits(logits: Tensor, vocabulary: Tensor, membership: Tensor) -> Teacher:
+    """The teacher at R rows from target logits [R, V], draft vocabulary ids [Vd] and membership mask [V]."""
+    inside = torch.empty(len(logits), len(vocabulary), device=logits.device)
+    argmax = torch.empty(len(logits), dtype=torch.long, device=logits.device)
     buffer = torch.empty(_TEACHER_CHUNK, logits.shape[-1], device=logits.device)
-    for start in range(0, len(rows), _TEACHER_CHUNK):
+    for start in range(0, len(logits), _TEACHER_CHUNK):
         at = slice(start, start + _TEACHER_CHUNK)
-        chunk = buffer[: len(rows[at])].copy_(logits.index_select(0, rows[at]))
+        chunk = buffer[: len(logits[at])].copy_(logits[at])
         top, argmax[at] = chunk.max(-1)  # on a CPU faster than argmax
         chunk.sub_(top[:, None]).exp_()
         inside[at] = chunk.index_select(1, vocabulary).div_(chunk.sum(-1, keepdim=True))

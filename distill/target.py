@@ -7,16 +7,18 @@ import importlib.util
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from slipstream.configs.errors import SlipstreamError
 from slipstream.configs.files import folder_atomic
 from slipstream.configs.suggest import near
+from slipstream.distill.packing import Packing, pack
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -41,6 +43,18 @@ def aux_layer_ids(num_layers: int) -> list[int]:
     return list(range(max(0, num_layers - 3), num_layers)) if num_layers >= 3 else list(range(num_layers + 1))
 
 
+class Captured(NamedTuple):
+    """What one forward of the target over whole texts leaves for training.
+
+    Attributes:
+        features: [B, L, A * Ht], the aux hidden states side by side, low layer first.
+        hidden: The last hidden state, after the model's final norm, [B, L, Ht]; `Target.logits` continues from it.
+    """
+
+    features: Tensor
+    hidden: Tensor
+
+
 @dataclass(frozen=True)
 class TargetOutput:
     """One forward of the target over Q tokens.
@@ -62,7 +76,11 @@ class Target:
         tokenizer: Its tokenizer; None for a model that was handed over without one.
         name: What the user called it.
         layer_ids: Layers whose entering states are the features.
+        compiled: Whether forwards over a cache of fixed size run through `torch.compile`.
     """
+
+    compiled = False
+    _packing: Packing | None = None
 
     def __init__(
         self,
@@ -153,6 +171,55 @@ class Target:
             logits_to_keep: As in transformers: the last n, or the indices [kept] whose logits are wanted.
         """
         mask = None if visible is None else self._mask(visible, position_ids, cache)
+        if self.compiled and getattr(cache, "whole", False):
+            return TargetOutput(*self._compiled(input_ids, mask, position_ids, cache, logits_to_keep))
+        if cache is None:
+            return TargetOutput(*self._run(input_ids, mask, position_ids, cache, logits_to_keep))
+        self._packing = self._packing or pack(self.model)
+        with self._packing.used():
+            return TargetOutput(*self._run(input_ids, mask, position_ids, cache, logits_to_keep))
+
+    @torch.no_grad()
+    def capture(self, input_ids: Tensor) -> Captured:
+        """Run the target over whole texts [B, L], padded on the right, for training: everything but the output layer."""
+        out = self.model.base_model(input_ids=input_ids, use_cache=False, output_hidden_states=True)
+        return Captured(torch.cat([out.hidden_states[i] for i in self.layer_ids], dim=-1), out.last_hidden_state)
+
+    @torch.no_grad()
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits [R, V] of rows of `Captured.hidden`, [R, Ht], by whatever the model does behind its last layer."""
+        name = self.model.base_model_prefix
+        inner = self.model._modules[name]
+        self.model._modules[name] = _Given(hidden[None])
+        try:
+            ids = torch.zeros(1, len(hidden), dtype=torch.long, device=hidden.device)
+            return self.model(input_ids=ids, use_cache=False).logits[0]
+        finally:
+            self.model._modules[name] = inner
+
+    def compile(self) -> None:
+        """Let forwards over a cache of fixed size run through `torch.compile`: one graph per number of tokens.
+
+        Each takes some 40 seconds on two cores the first time; inductor keeps the result on disk. Needs a C++ compiler on
+        a CPU.
+        """
+        # The weights are frozen here: guarding each module on every call would cost a tenth of a small forward.
+        # Freezing packs them as distill/packing.py does; inductor does it outside inference mode only.
+        options: dict[str, Any] = {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
+        if self.device.type == "cpu":
+            options["freezing"] = True
+        self._compiled = torch.compile(self._run, dynamic=False, options=options)
+        self.compiled = True
+
+    def _run(
+        self,
+        input_ids: Tensor,
+        mask: Tensor | dict[str, Tensor] | None,
+        position_ids: Tensor | None,
+        cache: Cache | None,
+        logits_to_keep: int | Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """Logits and features."""
         out = self.model(
             input_ids=input_ids,
             attention_mask=mask,
@@ -162,8 +229,7 @@ class Target:
             output_hidden_states=True,
             logits_to_keep=logits_to_keep,
         )
-        features = torch.cat([out.hidden_states[i] for i in self.layer_ids], dim=-1)
-        return TargetOutput(out.logits, features)
+        return out.logits, torch.cat([out.hidden_states[i] for i in self.layer_ids], dim=-1)
 
     def _mask(self, visible: Tensor, position_ids: Tensor | None, cache: Cache | None) -> Tensor | dict[str, Tensor]:
         """Additive 4D mask in the model's dtype, one per kind of layer where the model has several (sliding window)."""
@@ -183,6 +249,25 @@ class Target:
     def _additive(self, visible: Tensor) -> Tensor:
         blocked = torch.finfo(self.dtype).min
         return torch.zeros_like(visible, dtype=self.dtype).masked_fill_(~visible, blocked)[:, None]
+
+
+class _Given(nn.Module):
+    """Stands in for a model's layers: their output is known."""
+
+    def __init__(self, hidden: Tensor) -> None:
+        super().__init__()
+        self.hidden = hidden
+
+    def forward(self, *args: Any, **kwargs: Any) -> _GivenOutput:
+        return _GivenOutput(last_hidden_state=self.hidden)
+
+
+class _GivenOutput(BaseModelOutputWithPast):
+    """Architectures look for further outputs of their layers (router logits, cross attentions): there are none."""
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("__"):
+            raise AttributeError(name)
 
 
 def _embedded_gguf() -> Path:

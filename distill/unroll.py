@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.nn.functional import smooth_l1_loss
 
 from slipstream.distill.attention import UnrollAttention
 from slipstream.distill.loss import head_loss, teacher_from_logits
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
     from slipstream.distill.draft import DraftHead
     from slipstream.distill.objectives import Teacher
-    from slipstream.distill.target import Target
+    from slipstream.distill.target import Captured, Target
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,8 @@ def unroll(
     steps: int,
     objective: Callable[[Tensor, Teacher], Tensor],
     noise: float = 0.0,
+    feature_weight: float = 0.0,
+    captured: Captured | None = None,
 ) -> Unrolled:
     """Run the target and `steps` draft steps over one batch of whole conversations.
 
@@ -73,6 +76,9 @@ def unroll(
         steps: K.
         objective: Gives one value per row.
         noise: Width of uniform noise on the features (EAGLE-1).
+        feature_weight: Of the distance between the head's normed output and the target's last hidden state for the same
+            token (EAGLE-1's SmoothL1, in units of that state's size), added to the objective.
+        captured: The target's features and hidden states of this batch; None runs the target.
     """
     batch, length = input_ids.shape
     device = input_ids.device
@@ -81,16 +87,13 @@ def unroll(
     at = torch.arange(length, device=device)
     needed = torch.zeros(batch, length, dtype=torch.bool, device=device)
     needed[:, :-1] = mask[:, 1:]
-    out = target.forward(input_ids, logits_to_keep=needed.any(0).nonzero().squeeze(1))
-    kept = torch.full((length,), -1, device=device)
-    kept[needed.any(0)] = torch.arange(int(needed.any(0).sum()), device=device)
-    flat = needed.nonzero()
-    place = flat[:, 0] * out.logits.shape[1] + kept[flat[:, 1]]
-    teacher = teacher_from_logits(out.logits.flatten(0, 1), place, head.vocabulary(), head.t2d)
+    captured = captured or target.capture(input_ids)
+    logits = target.logits(captured.hidden[needed])  # [T, V]
+    teacher = teacher_from_logits(logits, head.vocabulary(), head.t2d)
     index = torch.full((batch, length), -1, device=device)
-    index[needed] = torch.arange(len(flat), device=device)  # where token position's teacher lies
+    index[needed] = torch.arange(len(logits), device=device)  # where token position's teacher lies
 
-    features = out.features.to(head.fc.weight.dtype)
+    features = captured.features.to(head.fc.weight.dtype)
     if noise:
         features = features + (torch.rand_like(features) - 0.5) * noise
     hidden = head.fuse(features)
@@ -109,7 +112,11 @@ def unroll(
         valid = pick >= 0
         pick = pick.clamp(min=0)
         counted = valid & teacher.covered[pick]
-        loss, guess = head_loss(head, hidden[row_b, row_p], teacher, pick, counted, objective)
+        output = hidden[row_b, row_p]
+        loss, guess = head_loss(head, output, teacher, pick, counted, objective)
+        if feature_weight:
+            aim = captured.hidden[row_b, position.clamp(max=length - 1)]
+            loss = loss + feature_weight * _feature_distance(head.norm(output), aim)[counted].sum()
         losses.append(loss)
         counts.append(counted.sum())
         survived = survived & valid & (head.vocabulary()[guess] == teacher.argmax[pick])
@@ -118,6 +125,12 @@ def unroll(
     return Unrolled(
         torch.stack(losses), torch.stack(counts), torch.stack(hits), lasting.sum(), accepted, (row_b, row_p)
     )
+
+
+def _feature_distance(output: Tensor, aim: Tensor) -> Tensor:
+    """SmoothL1 between states [R, H] in units of the target's, per row; [R]."""
+    size = aim.float().square().mean().sqrt().clamp(min=1e-6)
+    return smooth_l1_loss(output.float() / size, aim.float() / size, reduction="none").mean(-1)
 
 
 def _labelled(mask: Tensor, row_b: Tensor, row_p: Tensor, steps: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 import subprocess
@@ -251,7 +252,6 @@ def test_a_folder_that_holds_no_chat_model_says_what_is_wrong(slipstream, odd_fo
         ("wide", "expects features of width 64, but target"),
         ("words", "expects a vocabulary of 300, but target"),
         ("absent", "does not exist"),
-        ("right-target", "holds no draft head"),
     ],
 )
 def test_a_draft_that_does_not_fit_says_how(slipstream, tiny_target_folder, drafts, name, message):
@@ -265,6 +265,34 @@ def test_a_draft_that_fits_decodes_to_the_text_of_the_target_alone(slipstream, t
     drafted = slipstream(*command, "--dtype", "float32", "--draft", drafts / "right")
     assert alone.status == drafted.status == 0
     assert alone.out == drafted.out != ""
+
+
+def test_a_causal_lm_and_the_text_itself_can_draft(slipstream, tiny_target_folder):
+    arguments = ("--prompt", "Hi", "--target", tiny_target_folder, "--max_new_tokens", "20", "--quiet")
+    plain = slipstream("generate", *arguments).out
+    for draft in (tiny_target_folder, "ngram"):
+        for schedule in ("fixed", "cost"):
+            assert slipstream("generate", *arguments, "--draft", draft, "--schedule", schedule).out == plain
+
+
+def test_a_prompt_may_come_from_standard_input_but_not_be_empty(slipstream, tiny_target_folder, monkeypatch):
+    arguments = ("--target", tiny_target_folder, "--max_new_tokens", "8", "--quiet")
+    wanted = slipstream("generate", "--prompt", "Hi", *arguments).out
+    monkeypatch.setattr("sys.stdin", io.StringIO("Hi\n"))
+    assert slipstream("generate", *arguments).out == wanted
+    monkeypatch.setattr("sys.stdin", io.StringIO(""))
+    assert "no prompt" in slipstream("generate", *arguments).complaint
+
+
+def test_on_a_terminal_a_chat_begins_that_remembers_and_ends_with_an_empty_line(
+    slipstream, tiny_target_folder, monkeypatch
+):
+    terminal = io.StringIO("Hi\nYo\n\n")
+    terminal.isatty = lambda: True
+    monkeypatch.setattr("sys.stdin", terminal)
+    said = slipstream("generate", "--target", tiny_target_folder, "--max_new_tokens", "8", "--quiet")
+    assert said.status == 0
+    assert said.out.count("> ") == 3
 
 
 def test_a_prompt_longer_than_the_context_says_both_lengths(slipstream, tiny_target_folder):

@@ -1,12 +1,17 @@
 """The target adapter: hidden states, and trees on every architecture without a line of code for any."""
 
+import shutil
+
 import pytest
 import torch
-from tiny import ARCHITECTURES, VOCAB, tiny_target
+from tiny import ARCHITECTURES, VOCAB, greedy, tiny_head, tiny_target
 
 from slipstream.configs.errors import SlipstreamError
 from slipstream.decode.cache import TreeCache
-from slipstream.decode.tree import make_tree
+from slipstream.decode.drafters import HeadDrafter, NGramDrafter
+from slipstream.decode.engine import Decoder
+from slipstream.decode.policy import Policy
+from slipstream.decode.tree import TreeShape, make_tree
 from slipstream.distill.target import Target, aux_layer_ids
 
 
@@ -61,6 +66,41 @@ def test_committing_paths_equals_having_run_only_those_paths():
     cache.keep([1])
     again = target.forward(torch.tensor([[41]]), position_ids=torch.tensor([[5]]), cache=cache)
     torch.testing.assert_close(again.logits[0], after.logits[1], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_logits_continue_from_the_captured_state_as_the_model_does(architecture):
+    target = tiny_target(architecture)
+    ids = torch.randint(3, VOCAB, (2, 9), generator=torch.Generator().manual_seed(0))
+    captured, out = target.capture(ids), target.forward(ids)
+    rows = torch.tensor([[True, False] * 4 + [True], [False] * 3 + [True] * 6])
+    torch.testing.assert_close(target.logits(captured.hidden[rows]), out.logits[rows], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(captured.features, out.features)
+    torch.testing.assert_close(target.forward(ids).logits, out.logits)  # and the model is itself again
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "gpt_neox"])  # qwen2 and gpt_neox have biases
+def test_packed_weights_give_what_the_model_gives_and_leave_it_as_it_is(architecture):
+    target = tiny_target(architecture)
+    target = Target(target.model.to(torch.bfloat16))
+    names, ids = list(target.model.state_dict()), torch.arange(3, 12)[None]
+    plain = target.model(ids).logits
+    cache = TreeCache(4)
+    packed = target.forward(ids, cache=cache).logits
+    assert target._packing is not None
+    torch.testing.assert_close(packed, plain, rtol=0.05, atol=0.05)
+    assert torch.equal(target.model(ids).logits, plain)
+    assert list(target.model.state_dict()) == names
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
+def test_compiled_decoding_gives_what_generate_gives():
+    target = tiny_target()
+    prompt = torch.tensor([[5, 6, 7, 8]])
+    target.compile()
+    for drafter in (HeadDrafter(tiny_head(target), target), NGramDrafter()):
+        decoder = Decoder(target, drafter, Policy(tree=TreeShape(3, 3, 8)))
+        assert decoder.generate(prompt, max_new_tokens=30).sequences.tolist() == greedy(target, prompt, 30).tolist()
 
 
 def test_features_are_the_states_entering_the_chosen_layers():

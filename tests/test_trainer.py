@@ -9,7 +9,7 @@ from datasets import Dataset
 from tiny import VOCAB, greedy, tiny_head, tiny_target
 
 from slipstream.configs.errors import SlipstreamError
-from slipstream.configs.recipe import DistillSettings, Recipe, TrainSettings
+from slipstream.configs.recipe import DataSettings, DistillSettings, Recipe, TrainSettings
 from slipstream.data.batches import Batches
 from slipstream.decode.drafters import HeadDrafter
 from slipstream.decode.engine import Decoder
@@ -41,7 +41,7 @@ def dataset(pairs):
 
 def trainer(folder, recipe=RECIPE):
     target = tiny_target()
-    batches = Batches(dataset(answers(target)), batch_tokens=120, seed=0)
+    batches = Batches(dataset(answers(target)), 120, 0, recipe.data.batches)
     return Trainer(recipe, target, tiny_head(target, VOCAB).train(), batches, folder)
 
 
@@ -59,6 +59,41 @@ def test_an_interrupted_run_goes_on_to_bit_equal_weights(tmp_path):
     for name, weight in whole.head.state_dict().items():
         assert torch.equal(weight, second.head.state_dict()[name]), name
     assert rows[-1]["step"] == 8
+
+
+KEPT = replace(RECIPE, data=DataSettings(batches=3), distill=DistillSettings(steps=2, keep_features=True, single=0.5))
+
+
+def test_kept_features_train_to_the_weights_of_features_captured_anew(tmp_path):
+    online = replace(KEPT, distill=replace(KEPT.distill, keep_features=False))
+    kept, anew = trainer(tmp_path / "kept", KEPT), trainer(tmp_path / "anew", online)
+    calls = []
+    capture = kept.target.capture
+    kept.target.capture = lambda ids: calls.append(1) or capture(ids)
+    rows = kept.run()
+    anew.run()
+    assert len(calls) == 3  # once per batch, though 8 steps were made
+    for name, weight in kept.head.state_dict().items():
+        assert torch.equal(weight, anew.head.state_dict()[name]), name
+    assert [len(row["accuracy"]) for row in rows] == [2] * 4
+    assert all(row["accuracy"][1] == 0 for row in rows[:2])  # one step only in the first half
+
+
+def test_a_run_on_kept_features_goes_on_to_bit_equal_weights(tmp_path):
+    whole, first = trainer(tmp_path / "whole", KEPT), trainer(tmp_path / "cut", KEPT)
+    whole.run()
+    for _ in range(5):
+        first._optimize(Metrics(2))
+    first.save()
+    second = trainer(tmp_path / "cut", KEPT)
+    second.run()
+    for name, weight in whole.head.state_dict().items():
+        assert torch.equal(weight, second.head.state_dict()[name]), name
+
+
+def test_keeping_features_without_saying_of_how_many_batches_is_refused():
+    with pytest.raises(SlipstreamError, match=r"needs data\.batches"):
+        Recipe(distill=DistillSettings(keep_features=True))
 
 
 def test_a_kill_while_a_checkpoint_is_written_leaves_the_one_before(tmp_path, monkeypatch):

@@ -118,6 +118,23 @@ def test_gradients_of_the_chunked_loss_are_those_of_autograd():
         torch.testing.assert_close(chunked[name], parameter.grad, rtol=1e-3, atol=1e-4)
 
 
+def test_the_feature_weight_adds_smooth_l1_to_the_targets_own_state_of_the_predicted_token():
+    target = tiny_target()
+    head = tiny_head(target, VOCAB)
+    ids, mask = torch.arange(3, 13)[None], torch.ones(1, 10, dtype=torch.bool)
+    settings = {"steps": 1, "objective": forward_kl}
+    plain = unroll(head, target, ids, mask, **settings)
+    both = unroll(head, target, ids, mask, feature_weight=2.0, **settings)
+    aim = target.model.base_model(input_ids=ids).last_hidden_state[
+        0, 1:9
+    ]  # row p predicts token p+2, as state p+1 does
+    e = torch.cat([target.embeddings(ids)[:, 1:], torch.zeros(1, 1, 32)], 1)
+    hidden = head(e, head.fuse(target.forward(ids).features), torch.arange(10)[None], UnrollAttention())[0, :8]
+    size = aim.square().mean().sqrt()
+    distance = torch.nn.functional.smooth_l1_loss(head.norm(hidden) / size, aim / size, reduction="none").mean(-1).sum()
+    torch.testing.assert_close(both.loss[0], plain.loss[0] + 2 * distance, rtol=1e-4, atol=1e-4)
+
+
 def test_objectives_by_hand():
     teacher = Teacher(torch.tensor([[0.5, 0.25]]), torch.tensor([0]), torch.tensor([True]))  # a quarter lies outside
     q = torch.tensor([[0.8, 0.2]])

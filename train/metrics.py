@@ -29,10 +29,10 @@ class Metrics:
         self.norm = 0.0
 
     def add(self, out: Unrolled, weights: Tensor) -> None:
-        """Add a micro-batch; `weights` [K] are the unroll steps'."""
+        """Add a micro-batch; `weights` are its unroll steps', [K] or fewer: what was not unrolled counts as a miss."""
         pair = torch.stack([(out.loss.detach() * weights).sum(), (out.rows * weights).sum()])
         self.loss += pair.cpu()
-        self.hits += out.hits.cpu()
+        self.hits[: len(out.hits)] += out.hits.cpu()
         self.tried += out.tried.cpu()
 
     def row(self, accelerator: Accelerator) -> dict[str, Any]:

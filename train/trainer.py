@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from slipstream.configs.recipe import Recipe
     from slipstream.data.batches import Batches
     from slipstream.distill.draft import DraftHead
-    from slipstream.distill.target import Target
+    from slipstream.distill.target import Captured, Target
 
 
 class Trainer:
@@ -62,6 +62,7 @@ class Trainer:
         self.weights = torch.tensor(
             [self.distill.step_decay**k for k in range(self.distill.steps)], device=self.accelerator.device
         )
+        self.kept: dict[int, Captured] = {}
         self.step = 0
         self.seconds = 0.0
         self.rows: list[dict[str, Any]] = []
@@ -95,18 +96,32 @@ class Trainer:
         """Forward and backward of one micro-batch; gradients add up as sums, not means."""
         batch = self.batches[index]
         device = self.accelerator.device
+        ids = batch.input_ids.to(device)
+        steps = self._unrolled()
+        captured = None
+        if self.distill.keep_features and self.batches.limit is not None:
+            place = self.batches.which(index)
+            if place not in self.kept:
+                self.kept[place] = self.target.capture(ids)
+            captured = self.kept[place]
         with self.accelerator.autocast():
             out = unroll(
                 self.head,
                 self.target,
-                batch.input_ids.to(device),
+                ids,
                 batch.mask.to(device),
-                steps=self.distill.steps,
+                steps=steps,
                 objective=self.objective,
                 noise=self.distill.noise,
+                feature_weight=self.distill.feature_weight,
+                captured=captured,
             )
-        self.accelerator.backward((out.loss * self.weights).sum())
+        self.accelerator.backward((out.loss * self.weights[:steps]).sum())
         return out
+
+    def _unrolled(self) -> int:
+        """Unroll steps at this point of the training."""
+        return 1 if self.step < self.distill.single * self.total else self.distill.steps
 
     def _optimize(self, metrics: Metrics) -> int:
         """One optimizer step over all micro-batches of all processes; returns its padded tokens here."""
@@ -120,7 +135,7 @@ class Trainer:
         tokens = sum(self.batches[first + i].mask.numel() for i in range(settings.accumulation))
         rows = accelerator.reduce(torch.stack([out.rows for out in outs]).sum(0).float(), "sum")
         # Sums become the mean over all valid rows of all ranks and micro-batches, each step k at its weight.
-        scale = 1.0 / (rows * self.weights).sum().clamp(min=1.0)
+        scale = 1.0 / (rows * self.weights[: len(rows)]).sum().clamp(min=1.0)
         parameters = [p for p in self.head.parameters() if p.grad is not None]
         for parameter in parameters:
             parameter.grad = accelerator.reduce(parameter.grad, "sum") * scale
@@ -129,7 +144,7 @@ class Trainer:
             optimizer.step()
             optimizer.zero_grad()
         for out in outs:
-            metrics.add(out, self.weights)
+            metrics.add(out, self.weights[: len(rows)])
         metrics.norm = float(norm)
         if not torch.isfinite(norm):
             raise SlipstreamError(

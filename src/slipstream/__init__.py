@@ -13,13 +13,13 @@ from pathlib import Path
 import torch
 
 from slipstream.configs.errors import SlipstreamError
-from slipstream.decode.drafters import Drafter, HeadDrafter, NoDrafter
+from slipstream.decode.drafters import Drafter, HeadDrafter, ModelDrafter, NGramDrafter, NoDrafter
 from slipstream.decode.engine import Decoder, Generation
 from slipstream.decode.policy import Policy
 from slipstream.decode.tree import TreeShape
 from slipstream.decode.verify import Verifier
 from slipstream.distill.draft import DraftConfig, DraftHead
-from slipstream.distill.heads import load_head, save_head
+from slipstream.distill.heads import is_head, load_head, save_head
 from slipstream.distill.target import Target, load_target
 
 __all__ = [
@@ -41,18 +41,22 @@ __all__ = [
 
 def load(
     target: str | Path | Target,
-    draft: str | Path | DraftHead = "none",
+    draft: str | Path | DraftHead | Target = "none",
     *,
     dtype: torch.dtype | str = torch.bfloat16,
     device: str | torch.device = "cpu",
+    compiled: bool = False,
 ) -> Decoder:
-    """A decoder from a target and a draft; the policy comes from the draft's `decode.json`.
+    """A decoder from a target and a draft; the policy comes from the head's `decode.json`.
 
     Args:
         target: A folder, GGUF file, hub id, `smollm2-135m-instruct`, or a loaded `Target`.
-        draft: A head's folder or hub id, a loaded `DraftHead`, or `none`.
-        dtype: Of the target and the head, where they are loaded here.
+        draft: A head's folder or hub id, a loaded `DraftHead`, `ngram` (prompt look-up), a causal LM with the target's
+            tokenizer (a folder or hub id, or loaded as a `Target`), or `none`.
+        dtype: Of the target and the draft, where they are loaded here.
         device: Likewise.
+        compiled: Run single prompts through `torch.compile`d forwards of the target; each size of tree takes some 40
+            seconds to compile, once per machine.
 
     Raises:
         SlipstreamError: If something is missing, or the draft belongs to another target.
@@ -60,7 +64,14 @@ def load(
     loaded = target if isinstance(target, Target) else load_target(str(target), dtype=dtype, device=device)
     policy = Policy()
     drafter: Drafter = NoDrafter()
-    if draft != "none":
+    if draft == "ngram":
+        drafter, policy = NGramDrafter(), Policy(tree=TreeShape.chain(10))
+    elif isinstance(draft, Target) or (isinstance(draft, (str, Path)) and draft != "none" and not is_head(draft)):
+        model = (
+            draft if isinstance(draft, Target) else load_target(str(draft), dtype=loaded.dtype, device=loaded.device)
+        )
+        drafter = ModelDrafter(model, loaded)
+    elif draft != "none":
         head = draft if isinstance(draft, DraftHead) else load_head(draft, dtype=loaded.dtype, device=loaded.device)
         head.check_target(loaded)
         if loaded.layer_ids != head.config.eagle_aux_hidden_state_layer_ids:
@@ -68,4 +79,6 @@ def load(
         drafter = HeadDrafter(head, loaded)
         if not isinstance(draft, DraftHead):
             policy = Policy.load(Path(draft).expanduser())
+    if compiled:
+        loaded.compile()
     return Decoder(loaded, drafter, policy)

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
 Dtype = Literal["bfloat16", "float16", "float32"]
+Schedule = Literal["fixed", "heuristic", "confidence", "entropy", "cost"]
 
 
 def synthesize(
@@ -124,7 +125,8 @@ def train(recipe: Recipe, out: Path) -> None:
     tokens = tokenize(read(recipe.data.conversations), target.chat_tokenizer, recipe.data.max_length)
     vocabulary = draft_vocabulary(tokens, recipe.head.draft_vocab_size, target.vocab_size, target.stop_ids())
     head = new_head(target, vocabulary, seed=recipe.train.seed, from_target=recipe.head.from_target)
-    trainer = Trainer(recipe, target, head, Batches(tokens, recipe.data.batch_tokens, recipe.train.seed), out / "train")
+    batches = Batches(tokens, recipe.data.batch_tokens, recipe.train.seed, recipe.data.batches)
+    trainer = Trainer(recipe, target, head, batches, out / "train")
     rows = trainer.run()
     if trainer.accelerator.is_main_process:
         provenance = {"target": target.name, "recipe": asdict(recipe), "tokens": rows[-1]["tokens"]}
@@ -133,7 +135,7 @@ def train(recipe: Recipe, out: Path) -> None:
 
 
 def generate(
-    prompt: str,
+    prompt: str | None = None,
     target: str = "smollm2-135m-instruct",
     draft: str = "none",
     verify: str | None = None,
@@ -141,42 +143,71 @@ def generate(
     max_new_tokens: int = 256,
     seed: int = 0,
     dtype: Dtype = "bfloat16",
+    schedule: Schedule | None = None,
+    compiled: bool = False,
     quiet: bool = False,
 ) -> None:
-    """Answer a prompt; accepted tokens are coloured by tag.
+    """Answer a prompt, or chat; accepted tokens are coloured by tag.
 
     Args:
-        prompt: The user's message.
+        prompt: The user's message. Without one, standard input is the message; on a terminal, a chat begins, which an
+            empty line or Ctrl-D ends.
         target: The target model.
-        draft: A head's folder or hub id, or `none`.
-        verify: `exact`, `mars`, or the rule in the head's decode.json.
+        draft: A head's folder or hub id, `ngram` (prompt look-up), a causal LM with the same tokenizer, or `none`.
+        verify: `exact`, `mars`, another rule, or the one in the head's decode.json.
         temperature: 0 is greedy.
-        max_new_tokens: Exact to the token.
+        max_new_tokens: Per answer, exact to the token.
         seed: Of the draws.
-        dtype: Of target and head.
+        dtype: Of target and draft.
+        schedule: How the tree changes from round to round; default: as in the head's decode.json.
+        compiled: Run the target through torch.compile: minutes at first, then faster on long texts.
         quiet: Only the text: no colours, no line of statistics.
     """
+    from dataclasses import replace
+
     import torch
 
     import slipstream
     from slipstream.data.template import encode_prompt
+    from slipstream.decode.speculation import Speculation
     from slipstream.decode.stream import TagStream
 
-    decoder = slipstream.load(target, draft, dtype=dtype)
+    chat = prompt is None and sys.stdin.isatty()
+    if prompt is None and not chat:
+        prompt = sys.stdin.read().strip()
+        if not prompt:
+            raise SlipstreamError("no prompt: give --prompt, or write one to standard input")
+    decoder = slipstream.load(target, draft, dtype=dtype, compiled=compiled)
+    if schedule is not None:
+        decoder.policy = replace(decoder.policy, speculation=Speculation(schedule))
     tokenizer = decoder.target.chat_tokenizer
-    ids = torch.tensor([encode_prompt(tokenizer, [{"role": "user", "content": prompt}])])
-    stream = TagStream(tokenizer, plain=quiet or draft == "none")
-    out = decoder.generate(
-        ids,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        verify=verify,
-        seed=seed,
-        on_tokens=stream.put,
-    )
-    stream.end()
-    if not quiet:
-        stream.statistics(out.stats)
+    messages: list[dict[str, str]] = []
+    while message := prompt if prompt is not None else _ask():
+        messages.append({"role": "user", "content": message})
+        stream = TagStream(tokenizer, plain=quiet or draft == "none")
+        out = decoder.generate(
+            torch.tensor([encode_prompt(tokenizer, messages)]),
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            verify=verify,
+            seed=seed,
+            on_tokens=stream.put,
+        )
+        stream.end()
+        if not quiet:
+            stream.statistics(out.stats)
+        if not chat:
+            return
+        text = tokenizer.decode([token.id for token in out.tokens], skip_special_tokens=True)
+        messages.append({"role": "assistant", "content": text})
+
+
+def _ask() -> str:
+    """The next message of a chat; empty at its end."""
+    try:
+        return input("> ").strip()
+    except (EOFError, KeyboardInterrupt):
+        return ""
 
 
 def evaluate(

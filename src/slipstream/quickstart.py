@@ -111,7 +111,7 @@ class Quickstart:
         vocabulary = draft_vocabulary(tokens, recipe.head.draft_vocab_size, target.vocab_size, target.stop_ids())
         share = coverage(tokens, vocabulary, target.vocab_size)
         console.print(f"{len(tokens):,} conversations; the draft vocabulary covers {share:.1%} of the target's tokens")
-        batches = Batches(tokens, recipe.data.batch_tokens, recipe.train.seed)
+        batches = Batches(tokens, recipe.data.batch_tokens, recipe.train.seed, recipe.data.batches)
 
         def fresh_head() -> DraftHead:
             return new_head(target, vocabulary, seed=recipe.train.seed, from_target=recipe.head.from_target)

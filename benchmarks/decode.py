@@ -1,0 +1,133 @@
+"""Decoding on the same prompts in one run: transformers' generate and prompt look-up against ours, eager and compiled.
+
+python benchmarks/decode.py --draft runs/quickstart/draft --prompts A.jsonl B.jsonl --limit 6
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jsonargparse import auto_cli
+
+import slipstream
+from slipstream.configs.files import write_atomic
+from slipstream.configs.progress import console, progress
+from slipstream.data.template import encode_prompt
+from slipstream.decode.drafters import NGramDrafter
+from slipstream.decode.engine import Decoder
+from slipstream.decode.evaluate import Record, answer, interval, read_prompts
+from slipstream.decode.policy import Policy
+from slipstream.decode.tree import TreeShape
+from slipstream.distill.target import Target
+
+
+def _look_up(target: Target, row: dict[str, Any], max_new_tokens: int) -> Record:
+    """transformers' assisted generation with prompt look-up."""
+    ids = encode_prompt(target.chat_tokenizer, [{"role": "user", "content": row["turns"][0]}])
+    prompt = torch.tensor([ids], device=target.device)
+    begun = time.perf_counter()
+    out = target.model.generate(
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        prompt_lookup_num_tokens=10,
+    )
+    tokens = out[0, prompt.shape[1] :].tolist()
+    return Record("all", len(tokens), time.perf_counter() - begun, outputs=[tokens])
+
+
+def _line(name: str, base: list[Record], undrafted: list[Record], records: list[Record]) -> str:
+    tokens, seconds = sum(r.tokens for r in records), sum(r.seconds for r in records)
+    lengths = [n for r in records for n in r.accept_lengths]
+    speed, (low, high) = interval(base, records, 0)
+    target, draft = (sum(getattr(r, f"{who}_seconds") for r in records) / seconds for who in ("target", "draft"))
+    split = f"{target:.0%} / {draft:.0%} / {1 - target - draft:.1%}" if target else "-"
+    return (
+        f"| {name} | {tokens / seconds:.1f} | {speed:.2f} [{low:.2f}, {high:.2f}] | "
+        f"{interval(undrafted, records, 0)[0]:.2f} | {np.mean(lengths) if lengths else 1.0:.2f} | "
+        f"{sum(r.regret for r in records) / tokens:.4f} | {split} |"
+    )
+
+
+def main(
+    draft: str,
+    target: str = "smollm2-135m-instruct",
+    prompts: list[Path] | None = None,
+    limit: int = 20,
+    max_new_tokens: int = 128,
+    compiled: bool = True,
+    nodes: tuple[int, ...] = (),
+    device: str = "cpu",
+    dtype: str = "bfloat16",
+    out: Path | None = None,
+) -> None:
+    """Print a Markdown table.
+
+    Args:
+        draft: A head's folder.
+        target: The target model.
+        prompts: Spec-Bench JSONL files; default: the held-out prompts that ship with the package.
+        limit: First prompts of each file; only first turns are asked.
+        max_new_tokens: Per prompt.
+        compiled: Also with a compiled target.
+        nodes: Also the head's tree at these sizes, compiled.
+        device: `cpu` or `cuda`.
+        dtype: Of target and head.
+        out: A file for the table.
+    """
+    eager = slipstream.load(target, draft, dtype=dtype, device=device)
+    model, drafter, policy = eager.target, eager.drafter, eager.policy
+    rows = [{**row, "turns": row["turns"][:1]} for file in prompts or [None] for row in read_prompts(file, limit)]
+    chain = replace(policy, tree=TreeShape.chain(10))
+    contenders: list[tuple[str, Any, str]] = [
+        ("transformers generate", eager, "autoregressive"),
+        ("transformers, prompt look-up", None, ""),
+        ("ours, no draft", Decoder(model), "exact"),
+        ("ours, n-gram", Decoder(model, NGramDrafter(), chain), "exact"),
+        ("ours, head, exact", eager, "exact"),
+        (f"ours, head, {policy.rule('mars').label}", eager, "mars"),
+    ]
+    if compiled:
+        static = Target(model.model, model.tokenizer, name=model.name, layer_ids=model.layer_ids)
+        static.compile()
+        contenders += [
+            ("compiled, no draft", Decoder(static), "exact"),
+            ("compiled, n-gram", Decoder(static, NGramDrafter(), chain), "exact"),
+            ("compiled, head, exact", Decoder(static, drafter, policy), "exact"),
+            (f"compiled, head, {policy.rule('mars').label}", Decoder(static, drafter, policy), "mars"),
+        ]
+        for size in nodes:
+            larger: Policy = replace(policy, tree=TreeShape(4, 4, size))
+            contenders.append((f"compiled, head, exact, {size} nodes", Decoder(static, drafter, larger), "exact"))
+
+    def run(decoder: Decoder | None, rule: str, row: dict[str, Any], tokens: int) -> Record:
+        return _look_up(model, row, tokens) if decoder is None else answer(decoder, rule, row, max_new_tokens=tokens)
+
+    records: list[list[Record]] = [[] for _ in contenders]
+    with progress("warm up", len(contenders), "contenders") as advance:
+        for _, decoder, rule in contenders:
+            run(decoder, rule, rows[0], 8)
+            advance()
+    with progress("decode", len(rows) * len(contenders), "answers") as advance:
+        for row in rows:  # all contenders answer a prompt before the next one comes, so that drift hits them alike
+            for place, (_, decoder, rule) in zip(records, contenders, strict=True):
+                place.append(run(decoder, rule, row, max_new_tokens))
+                advance()
+    heading = "| | tokens/s | over generate (95 %) | over no draft, same mode | tau | regret | target / draft / rest |"
+    lines = [heading, "|---|---|---|---|---|---|---|"]
+    for (name, _, _), group in zip(contenders, records, strict=True):
+        lines.append(_line(name, records[0], records[6 if name.startswith("compiled") else 2], group))
+    table = "\n".join(lines)
+    console.print(table, markup=False, soft_wrap=True)
+    if out is not None:
+        write_atomic(out, table + "\n")
+
+
+if __name__ == "__main__":
+    auto_cli(main)
