@@ -155,8 +155,7 @@ class Trainer:
         return tokens
 
     def time_steps(self, steps: int) -> float:
-        """Seconds an optimizer step takes here: the mean over `steps`, after one that warms up. Nothing is saved."""
-        self._optimize(Metrics(self.distill.steps))
+        """Mean seconds of the next `steps` optimizer steps. Nothing is saved."""
         begun = time.perf_counter()
         for _ in range(steps):
             self._optimize(Metrics(self.distill.steps))

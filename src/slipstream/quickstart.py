@@ -45,7 +45,9 @@ if TYPE_CHECKING:
     from slipstream.distill.draft import DraftHead
 
 _DISK_MB = 500
-_PROBE_STEPS = 3
+_PROBE = 6  # batches that are timed
+_CAPTURE_SHARE = 0.3  # of the training, spent in the target
+_FEATURE_BYTES = 2.5e9
 _SMOKE_MINUTES = 4.0  # below this, fewer prompts are measured
 
 
@@ -111,14 +113,21 @@ class Quickstart:
         vocabulary = draft_vocabulary(tokens, recipe.head.draft_vocab_size, target.vocab_size, target.stop_ids())
         share = coverage(tokens, vocabulary, target.vocab_size)
         console.print(f"{len(tokens):,} conversations; the draft vocabulary covers {share:.1%} of the target's tokens")
-        batches = Batches(tokens, recipe.data.batch_tokens, recipe.train.seed, recipe.data.batches)
 
         def fresh_head() -> DraftHead:
             return new_head(target, vocabulary, seed=recipe.train.seed, from_target=recipe.head.from_target)
 
-        steps = self._steps(recipe, target, fresh_head(), batches)
-        recipe = replace(recipe, train=replace(recipe.train, max_steps=steps))
-        trainer = Trainer(recipe, target, fresh_head(), batches, self.out / "train")
+        def batches(limit: int) -> Batches:
+            return Batches(tokens, recipe.data.batch_tokens, recipe.train.seed, limit)
+
+        plan = self._plan(recipe, target, fresh_head(), batches(_PROBE))
+        recipe = replace(
+            recipe,
+            data=replace(recipe.data, batches=plan["batches"]),
+            distill=replace(recipe.distill, keep_features=True),
+            train=replace(recipe.train, max_steps=plan["steps"]),
+        )
+        trainer = Trainer(recipe, target, fresh_head(), batches(plan["batches"]), self.out / "train")
         rows = trainer.run()
         head = trainer.accelerator.unwrap_model(trainer.head)
         write_atomic(self.out / "training.json", json.dumps({"curve": rows, "coverage": share}))
@@ -131,17 +140,32 @@ class Quickstart:
         }
         save_head(head, self.out / "draft", provenance)
 
-    def _steps(self, recipe: Recipe, target: Target, head: DraftHead, batches: Batches) -> int:
-        """Optimizer steps that take the minutes asked for: a few are timed once, on a head that is thrown away."""
-        plan = self.out / "plan.json"
-        if not plan.is_file():
-            probe = replace(recipe, train=replace(recipe.train, max_steps=_PROBE_STEPS + 1, trackers=()))
+    def _plan(self, recipe: Recipe, target: Target, head: DraftHead, batches: Batches) -> dict[str, int]:
+        """How many batches and steps take the minutes asked for: each kind of work is timed once, on a head thrown away.
+
+        A part of the time goes into capturing features, which are kept; the rest into steps on them.
+        """
+        place = self.out / "plan.json"
+        if not place.is_file():
+            probe = replace(
+                recipe,
+                data=replace(recipe.data, batches=_PROBE),
+                distill=replace(recipe.distill, keep_features=True, single=0.5),
+                train=replace(recipe.train, max_steps=4 * _PROBE, trackers=()),
+            )
             begun = time.monotonic()
             with tempfile.TemporaryDirectory() as folder:
-                per_step = Trainer(probe, target, head, batches, Path(folder)).time_steps(_PROBE_STEPS)
+                trainer = Trainer(probe, target, head, batches, Path(folder))
+                target.capture(batches[0].input_ids)
+                first, single, full = (trainer.time_steps(_PROBE) for _ in range(3))
             left = 60 * self.minutes - (time.monotonic() - begun)
-            write_atomic(plan, json.dumps({"steps": max(4, round(left / per_step))}))
-        return int(json.loads(plan.read_text())["steps"])
+            capture = max(first - single, 0.1 * first)
+            row = 2 * (len(target.layer_ids) + 1) * target.config.hidden_size * recipe.data.batch_tokens
+            kept = min(_CAPTURE_SHARE * left / capture, _FEATURE_BYTES / row)
+            share = recipe.distill.single
+            steps = (left - kept * capture) / (share * single + (1 - share) * full)
+            write_atomic(place, json.dumps({"batches": max(4, round(kept)), "steps": max(4, round(steps))}))
+        return dict(json.loads(place.read_text()))
 
     def tune(self, decoder: Decoder) -> None:
         """Tune tree and rule into `draft/decode.json`."""
