@@ -1,0 +1,96 @@
+"""Batched exact decoding against the same prompts one after another, and what verification itself costs.
+
+python benchmarks/batch.py --draft runs/quickstart/draft
+"""
+
+from __future__ import annotations
+
+import time
+
+import torch
+from jsonargparse import auto_cli
+
+import slipstream
+from slipstream.configs.progress import console
+from slipstream.data.template import encode_prompt
+from slipstream.decode.evaluate import read_prompts
+from slipstream.decode.tree import make_tree
+from slipstream.decode.verify import Verifier, verify
+
+
+def _verification(nodes: int, vocabulary: int, repeats: int = 21) -> tuple[float, float]:
+    """Milliseconds of the arg-max pass over the logits, and of greedy verification beyond it; medians."""
+    parents = (torch.arange(nodes) // 2)[None]
+    tree = make_tree(torch.randint(0, vocabulary, (1, nodes)), parents, torch.zeros(1, nodes), levels=7)
+    logits = torch.randn(1, nodes, vocabulary).bfloat16()
+    passes, whole = [], []
+    for _ in range(repeats):
+        begun = time.perf_counter()
+        logits.max(-1)
+        middle = time.perf_counter()
+        verify(Verifier(), tree, logits)
+        passes.append(middle - begun)
+        whole.append(time.perf_counter() - middle)
+    scan, total = (1000 * float(torch.tensor(x).median()) for x in (passes, whole))
+    return scan, total - scan
+
+
+def main(
+    draft: str,
+    target: str = "smollm2-135m-instruct",
+    batch: int = 4,
+    prompts: int = 20,
+    max_new_tokens: int = 96,
+    dtype: str = "bfloat16",
+    device: str = "cpu",
+) -> None:
+    """Print tokens per second of both, and the ratio of each group of prompts.
+
+    Args:
+        draft: A head's folder.
+        target: The target model.
+        batch: Prompts decoded together.
+        prompts: How many of the held-out prompts.
+        max_new_tokens: Per prompt.
+        dtype: Of target and head.
+        device: `cpu` or `cuda`.
+    """
+    decoder = slipstream.load(target, draft, dtype=dtype, device=device)
+    tokenizer = decoder.target.chat_tokenizer
+    encoded = [
+        torch.tensor(encode_prompt(tokenizer, [{"role": "user", "content": row["turns"][0]}]))
+        for row in read_prompts(limit=prompts)
+    ]
+    settings = {"max_new_tokens": max_new_tokens, "verify": "exact"}
+    decoder.generate(encoded[0][None], max_new_tokens=8)
+    totals, ratios = torch.zeros(2, 2), []
+    for start in range(0, len(encoded) - batch + 1, batch):
+        group = encoded[start : start + batch]
+        alone = [decoder.generate(ids[None], **settings).stats for ids in group]
+        width = max(map(len, group))
+        ids = torch.stack([torch.nn.functional.pad(x, (width - len(x), 0)) for x in group])
+        mask = torch.stack([torch.nn.functional.pad(torch.ones_like(x), (width - len(x), 0)) for x in group])
+        together = decoder.generate(ids, attention_mask=mask, **settings).stats
+        pair = torch.tensor(
+            [
+                [sum(s.new_tokens for s in alone), sum(s.seconds for s in alone)],
+                [together.new_tokens, together.seconds],
+            ]
+        )
+        totals += pair
+        speed = pair[:, 0] / pair[:, 1]
+        ratios.append(float(speed[1] / speed[0]))
+    speed = totals[:, 0] / totals[:, 1]
+    console.print(
+        f"one by one {speed[0]:.1f} tokens/s, batch of {batch} {speed[1]:.1f} tokens/s: {speed[1] / speed[0]:.2f}x "
+        f"(groups {min(ratios):.2f} to {max(ratios):.2f})"
+    )
+    for vocabulary in (decoder.target.vocab_size, 128_000):
+        scan, beyond = _verification(64, vocabulary)
+        console.print(
+            f"greedy verification, 64 nodes x {vocabulary}: arg-max pass {scan:.2f} ms, beyond it {beyond:.2f} ms"
+        )
+
+
+if __name__ == "__main__":
+    auto_cli(main)
