@@ -44,7 +44,7 @@ class DataSettings:
 
     conversations: str | None = None
     max_length: int = 512
-    batch_tokens: int = 512
+    batch_tokens: int = 1024
     batches: int | None = None
 
     def __post_init__(self) -> None:
@@ -121,7 +121,7 @@ class TrainSettings:
     max_steps: int | None = None
     epochs: float = 2.0
     optimizer: Literal["muon", "adamw"] = "muon"
-    learning_rate: float = 6e-3
+    learning_rate: float = 8e-3
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = 0.0
     warmup: float = 0.03

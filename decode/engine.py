@@ -243,12 +243,14 @@ class Decoder:
             spent=[Spent() for _ in prompts],
         )
         lengths = [len(prompt) for prompt in prompts]
+        room = [max(0, min(limit, target.context - n)) for n in lengths]
+        width = max(n + left for n, left in zip(lengths, room, strict=True))
         batch = _Batch(
             places=list(range(len(prompts))),
-            ids=torch.zeros(len(prompts), max(lengths) + limit, dtype=torch.long, device=device),
+            ids=torch.zeros(len(prompts), width, dtype=torch.long, device=device),
             lengths=lengths,
             prompts=list(lengths),
-            room=[min(limit, target.context - n) for n in lengths],
+            room=room,
         )
         for row, prompt in zip(batch.ids, prompts, strict=True):
             row[: len(prompt)] = prompt

@@ -24,7 +24,6 @@ SHAPES = (
     TreeShape(2, 3, 8),
     TreeShape(3, 3, 10),
     TreeShape(3, 4, 16),
-    TreeShape(4, 4, 16),
     TreeShape(5, 5, 24),
 )
 RULES = (
