@@ -389,6 +389,7 @@ class Decoder:
                 position_ids=tree.depths + cache.rows.tensor[:, None],
                 visible=None if plain else cache.visible(tree.ancestors, tree.nodes),
                 cache=cache,
+                compiled=whole,
             )
             verified = time.perf_counter()
             stats.draft_seconds += drafted - clock

@@ -160,6 +160,7 @@ class Target:
         visible: Tensor | None = None,
         cache: Cache | None = None,
         logits_to_keep: int | Tensor = 0,
+        compiled: bool = False,
     ) -> TargetOutput:
         """Run the target over `input_ids` [B, Q].
 
@@ -169,9 +170,10 @@ class Target:
             visible: Bool [B, Q, K], which of the K cached and new tokens each query may see; None is plain causal.
             cache: Keys and values so far; None computes without one.
             logits_to_keep: As in transformers: the last n, or the indices [kept] whose logits are wanted.
+            compiled: Run through `torch.compile`, after `compile()`; the cache must hand out whole buffers.
         """
         mask = None if visible is None else self._mask(visible, position_ids, cache)
-        if self.compiled and getattr(cache, "whole", False):
+        if compiled:
             return TargetOutput(*self._compiled(input_ids, mask, position_ids, cache, logits_to_keep))
         if cache is None:
             return TargetOutput(*self._run(input_ids, mask, position_ids, cache, logits_to_keep))
