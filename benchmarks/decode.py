@@ -22,6 +22,7 @@ from slipstream.decode.drafters import NGramDrafter
 from slipstream.decode.engine import Decoder
 from slipstream.decode.evaluate import Record, answer, interval, read_prompts
 from slipstream.decode.policy import Policy
+from slipstream.decode.speculation import Speculation
 from slipstream.decode.tree import TreeShape
 from slipstream.distill.target import Target
 
@@ -85,6 +86,7 @@ def main(
     model, drafter, policy = eager.target, eager.drafter, eager.policy
     rows = [{**row, "turns": row["turns"][:1]} for file in prompts or [None] for row in read_prompts(file, limit)]
     chain = replace(policy, tree=TreeShape.chain(10))
+    cost = replace(policy, tree=TreeShape(4, 4, 16), speculation=Speculation("cost"))
     contenders: list[tuple[str, Any, str]] = [
         ("transformers generate", eager, "autoregressive"),
         ("transformers, prompt look-up", None, ""),
@@ -92,13 +94,13 @@ def main(
         ("ours, n-gram", Decoder(model, NGramDrafter(), chain), "exact"),
         ("ours, head, exact", eager, "exact"),
         (f"ours, head, {policy.rule('mars').label}", eager, "mars"),
+        ("ours, head, exact, cost-aware", Decoder(model, drafter, cost), "exact"),
     ]
     if compiled:
         static = Target(model.model, model.tokenizer, name=model.name, layer_ids=model.layer_ids)
         static.compile()
         contenders += [
             ("compiled, no draft", Decoder(static), "exact"),
-            ("compiled, n-gram", Decoder(static, NGramDrafter(), chain), "exact"),
             ("compiled, head, exact", Decoder(static, drafter, policy), "exact"),
             (f"compiled, head, {policy.rule('mars').label}", Decoder(static, drafter, policy), "mars"),
         ]
@@ -122,7 +124,7 @@ def main(
     heading = "| | tokens/s | over generate (95 %) | over no draft, same mode | tau | regret | target / draft / rest |"
     lines = [heading, "|---|---|---|---|---|---|---|"]
     for (name, _, _), group in zip(contenders, records, strict=True):
-        lines.append(_line(name, records[0], records[6 if name.startswith("compiled") else 2], group))
+        lines.append(_line(name, records[0], records[7 if name.startswith("compiled") else 2], group))
     table = "\n".join(lines)
     console.print(table, markup=False, soft_wrap=True)
     if out is not None:

@@ -50,9 +50,9 @@ class _PackedLinear(nn.Linear):
 def pack(model: nn.Module) -> Packing:
     """Pack the plain linear layers of a model whose weights stay as they are; bf16 on a CPU that knows it, nothing elsewhere.
 
-    Takes the memory of those weights once more.
+    Takes the memory of those weights once more. A model that is packed already is left as it is.
     """
-    packing = Packing()
+    packing = next((layer.packing for layer in model.modules() if isinstance(layer, _PackedLinear)), Packing())
     supported = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     for layer in model.modules():
         if supported and type(layer) is nn.Linear and layer.weight.dtype == torch.bfloat16 and layer.weight.is_cpu:

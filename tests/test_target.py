@@ -12,6 +12,7 @@ from slipstream.decode.drafters import HeadDrafter, NGramDrafter
 from slipstream.decode.engine import Decoder
 from slipstream.decode.policy import Policy
 from slipstream.decode.tree import TreeShape, make_tree
+from slipstream.distill.packing import pack
 from slipstream.distill.target import Target, aux_layer_ids
 
 
@@ -91,6 +92,7 @@ def test_packed_weights_give_what_the_model_gives_and_leave_it_as_it_is(architec
     torch.testing.assert_close(packed, plain, rtol=0.05, atol=0.05)
     assert torch.equal(target.model(ids).logits, plain)
     assert list(target.model.state_dict()) == names
+    assert pack(target.model) is target._packing  # another user of the same model shares what is packed
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
