@@ -268,8 +268,8 @@ class Decoder:
         if streamer is not None:
             streamer.end()
         stats.new_tokens = sum(map(len, rows))
-        stats.relaxed = sum(s.relaxed for s in request.spent)
-        stats.regret = sum(s.regret for s in request.spent)
+        relaxed = [token for row in rows for token in row if token.tag == "relaxed"]
+        stats.relaxed, stats.regret = len(relaxed), sum(token.regret for token in relaxed)
         return Generation(_padded(input_ids, rows, config.pad_token_id, stops), rows, stats)
 
     def _prompts(self, input_ids: Tensor, attention_mask: Tensor | None) -> list[Tensor]:
