@@ -11,7 +11,6 @@ import torch
 from jsonargparse import auto_cli
 
 import slipstream
-from slipstream.configs.progress import console
 from slipstream.data.template import encode_prompt
 from slipstream.decode.evaluate import read_prompts
 from slipstream.decode.tree import make_tree
@@ -81,16 +80,14 @@ def main(
         speed = pair[:, 0] / pair[:, 1]
         ratios.append(float(speed[1] / speed[0]))
     speed = totals[:, 0] / totals[:, 1]
-    console.print(
+    print(
         f"one by one {speed[0]:.1f} tokens/s, batch of {batch} {speed[1]:.1f} tokens/s: {speed[1] / speed[0]:.2f}x "
         f"(groups {min(ratios):.2f} to {max(ratios):.2f})"
     )
     for vocabulary in (decoder.target.vocab_size, 128_000):
         scan, beyond = _verification(64, vocabulary)
-        console.print(
-            f"greedy verification, 64 nodes x {vocabulary}: arg-max pass {scan:.2f} ms, beyond it {beyond:.2f} ms"
-        )
+        print(f"greedy verification, 64 nodes x {vocabulary}: arg-max pass {scan:.2f} ms, beyond it {beyond:.2f} ms")
 
 
 if __name__ == "__main__":
-    auto_cli(main)
+    auto_cli(main, as_positional=False)

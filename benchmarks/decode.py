@@ -16,7 +16,7 @@ from jsonargparse import auto_cli
 
 import slipstream
 from slipstream.configs.files import write_atomic
-from slipstream.configs.progress import console, progress
+from slipstream.configs.progress import progress
 from slipstream.data.template import encode_prompt
 from slipstream.decode.drafters import NGramDrafter
 from slipstream.decode.engine import Decoder
@@ -126,10 +126,10 @@ def main(
     for (name, _, _), group in zip(contenders, records, strict=True):
         lines.append(_line(name, records[0], records[7 if name.startswith("compiled") else 2], group))
     table = "\n".join(lines)
-    console.print(table, markup=False, soft_wrap=True)
+    print(table)
     if out is not None:
         write_atomic(out, table + "\n")
 
 
 if __name__ == "__main__":
-    auto_cli(main)
+    auto_cli(main, as_positional=False)

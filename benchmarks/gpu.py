@@ -33,4 +33,4 @@ def main(draft: str, target: str = "smollm2-135m-instruct", compiled: bool = Fal
 
 
 if __name__ == "__main__":
-    auto_cli(main)
+    auto_cli(main, as_positional=False)

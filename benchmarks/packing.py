@@ -10,7 +10,6 @@ import time
 import torch
 from jsonargparse import auto_cli
 
-from slipstream.configs.progress import console
 from slipstream.decode.cache import TreeCache, causal
 from slipstream.distill.packing import Packing
 from slipstream.distill.target import Target, load_target
@@ -44,7 +43,7 @@ def main(target: str = "smollm2-135m-instruct", repeats: int = 31) -> None:
         one.forward(torch.zeros(1, _COMMITTED, dtype=torch.long), cache=cache)
         cache.commit_first([_COMMITTED])
         caches.append(cache)
-    console.print("| tokens | plain, ms | packed, ms | ratio |\n|--:|--:|--:|--:|")
+    print("| tokens | plain, ms | packed, ms | ratio |\n|--:|--:|--:|--:|")
     for tokens in (1, 4, 8, 16, 24, 32, 64):
         pairs = [
             [_seconds(one, cache, tokens) for one, cache in zip((plain, packed), caches, strict=True)]
@@ -55,10 +54,8 @@ def main(target: str = "smollm2-135m-instruct", repeats: int = 31) -> None:
             "{1:.1f} [{0:.1f}, {2:.1f}]".format(*column.quantile(torch.tensor([0.25, 0.5, 0.75])).tolist())
             for column in times.T
         ]
-        console.print(
-            f"| {tokens} | {cells[0]} | {cells[1]} | {float((times[:, 0] / times[:, 1]).median()):.2f} |", markup=False
-        )
+        print(f"| {tokens} | {cells[0]} | {cells[1]} | {float((times[:, 0] / times[:, 1]).median()):.2f} |")
 
 
 if __name__ == "__main__":
-    auto_cli(main)
+    auto_cli(main, as_positional=False)
