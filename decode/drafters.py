@@ -57,7 +57,7 @@ class Round:
     @property
     def roots(self) -> Tensor:
         """The last decided token of each row, [B]."""
-        return self.ids.gather(1, self.ends[:, None] - 1)[:, 0]
+        return last_tokens(self.ids, self.lengths)
 
 
 class Drafter(Protocol):
@@ -325,6 +325,11 @@ class ModelDrafter(_TreeDrafter):
     def _step(self, tokens: Tensor, state: Tensor, depth: int, round: Round, seen: Tensor) -> tuple[Tensor, Tensor]:
         positions = (round.ends - 1 + depth)[:, None].expand_as(tokens)
         return self._logits(tokens, positions, self.cache.visible(seen, tokens.shape[1])), state
+
+
+def last_tokens(ids: Tensor, lengths: Sequence[int]) -> Tensor:
+    """The last of the first `lengths[b]` tokens of each row of ids [B, S], [B]."""
+    return ids.gather(1, torch.tensor(lengths, device=ids.device)[:, None] - 1)[:, 0]
 
 
 def _log_softmax(logits: Tensor) -> Tensor:

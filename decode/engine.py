@@ -11,7 +11,7 @@ from torch import Tensor
 
 from slipstream.configs.errors import SlipstreamError
 from slipstream.decode.cache import TreeCache
-from slipstream.decode.drafters import Drafter, NoDrafter, Round
+from slipstream.decode.drafters import Drafter, NoDrafter, Round, last_tokens
 from slipstream.decode.policy import Policy
 from slipstream.decode.processors import TreeProcessors, check_config, make_config, make_processors
 from slipstream.decode.speculation import SIZES
@@ -80,12 +80,6 @@ class _Batch:
             self.ids[row, start : start + len(tokens)] = torch.tensor([token.id for token in tokens])
             self.lengths[row] += len(tokens)
             self.room[row] -= len(tokens)
-
-    @property
-    def roots(self) -> Tensor:
-        """The last decided token of each row, [B]."""
-        last = torch.tensor(self.lengths, device=self.ids.device) - 1
-        return self.ids.gather(1, last[:, None])[:, 0]
 
     def keep(self, rows: Sequence[int]) -> None:
         """Only these rows go on."""
@@ -362,7 +356,7 @@ class Decoder:
             clock = time.perf_counter()
             shape = controller.shape()
             if shape is None:
-                tree = root_only(batch.roots)
+                tree = root_only(last_tokens(batch.ids, batch.lengths))
             else:
                 left = target.context - max(batch.lengths)
                 shape = shape.within(left if whole else min(left, max(batch.room)))

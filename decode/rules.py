@@ -43,6 +43,7 @@ def admit(
     logits: Tensor,
     processed: Tensor | None,
     p: Tensor | None,
+    top: Tensor,
     decided: Tensor,
     generators: Sequence[torch.Generator],
     spent: Sequence[Spent],
@@ -63,7 +64,7 @@ def admit(
     reached = ~(lines & ~(exact | relaxed)[:, None]).any(-1)
     depths = tree.depths.double()
     if not verifier.lossless:
-        regrets = _regrets(tree, logits).double().masked_fill(~relaxed, 0.0)
+        regrets = _regrets(tree, logits, top).double().masked_fill(~relaxed, 0.0)
         count = (lines.double() @ relaxed.double()[:, :, None])[..., 0]
         cost = (lines.double() @ regrets[:, :, None])[..., 0]
         used = torch.tensor([[s.relaxed, s.regret] for s in spent], dtype=torch.float64, device=lines.device)
@@ -80,11 +81,10 @@ def admit(
     return Choice(leaf, decided.gather(1, leaf[:, None])[:, 0], relaxed)
 
 
-def _regrets(tree: Tree, logits: Tensor) -> Tensor:
+def _regrets(tree: Tree, logits: Tensor, top: Tensor) -> Tensor:
     """log p(top) - log p(token) of each node's token under the unprocessed target at its parent, [B, N]."""
-    top = logits.max(-1).values.gather(1, tree.parents)
     rows = torch.arange(len(logits), device=logits.device)[:, None]
-    return top.float() - logits[rows, tree.parents, tree.tokens].float()
+    return top.gather(1, tree.parents).float() - logits[rows, tree.parents, tree.tokens].float()
 
 
 def _passes(
