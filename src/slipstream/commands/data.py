@@ -1,0 +1,79 @@
+"""Commands that make text: `synthesize`, `regenerate`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+
+def synthesize(
+    out: Path, target: str = "smollm2-135m-instruct", topics: int = 1000, own: int = 500, seed: int = 1
+) -> None:
+    """Write prompts: sampled from the target, and crossed from the topics that ship with the package.
+
+    Args:
+        out: JSONL file of Spec-Bench rows.
+        target: Who writes the prompts.
+        topics: Prompts from the list of topics and tasks.
+        own: Prompts by the target itself.
+        seed: The same seed gives the same prompts.
+    """
+    from slipstream.configs.files import write_atomic
+    from slipstream.data.synthesize import self_prompts, topic_prompts
+    from slipstream.decode.evaluate import read_prompts
+    from slipstream.distill.target import load_target
+
+    out.parent.mkdir(parents=True, exist_ok=True)
+    rows = topic_prompts(topics, seed)
+    if own:
+        loaded = load_target(target)
+        sampled = out.with_name(out.stem + ".own.jsonl")
+        self_prompts(loaded.model, loaded.chat_tokenizer, count=own, seed=seed, out=sampled)
+        rows += [{k: v for k, v in row.items() if k != "unit"} for row in read_prompts(sampled)]
+    write_atomic(out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def regenerate(
+    prompts: Path,
+    out: Path,
+    target: str = "smollm2-135m-instruct",
+    temperatures: list[float] = [0.0, 0.7, 1.0],  # noqa: B006 (jsonargparse copies defaults)
+    max_new_tokens: int = 320,
+    max_response_tokens: int | None = None,
+    batch_size: int = 160,
+    seed: int = 1,
+) -> None:
+    """Let the target answer prompts; resumable to the batch.
+
+    Args:
+        prompts: JSONL file of Spec-Bench rows.
+        out: JSONL file of conversations, or a Parquet file, which is written from the JSONL beside it at the end.
+        target: Who answers.
+        temperatures: Dealt out to the prompts in turn; 0 is greedy.
+        max_new_tokens: Per answer.
+        max_response_tokens: Begin no batch once this many are there.
+        batch_size: Prompts answered at once.
+        seed: Of the draws and of the order.
+    """
+    from slipstream.data.conversations import pack
+    from slipstream.data.regenerate import regenerate as answer_all
+    from slipstream.decode.evaluate import read_prompts
+    from slipstream.distill.target import load_target
+
+    journal = out.with_suffix(".jsonl")
+    rows = read_prompts(prompts)
+    loaded = load_target(target)
+    answer_all(
+        loaded.model,
+        loaded.chat_tokenizer,
+        rows,
+        stop_ids=loaded.stop_ids(),
+        temperatures=temperatures,
+        max_new_tokens=max_new_tokens,
+        max_response_tokens=max_response_tokens,
+        batch_size=batch_size,
+        seed=seed,
+        out=journal,
+    )
+    if out.suffix == ".parquet":
+        pack(journal, out)

@@ -1,0 +1,162 @@
+"""Commands that decode: `generate`, `evaluate`, `tune`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Literal
+
+from slipstream.configs.errors import SlipstreamError
+
+Dtype = Literal["bfloat16", "float16", "float32"]
+Schedule = Literal["fixed", "heuristic", "confidence", "entropy", "cost"]
+
+
+def generate(
+    prompt: str | None = None,
+    target: str = "smollm2-135m-instruct",
+    draft: str = "none",
+    verify: str | None = None,
+    temperature: float = 0.0,
+    max_new_tokens: int = 256,
+    seed: int = 0,
+    dtype: Dtype = "bfloat16",
+    schedule: Schedule | None = None,
+    compiled: bool = False,
+    quiet: bool = False,
+) -> None:
+    """Answer a prompt, or chat; accepted tokens are coloured by tag.
+
+    Args:
+        prompt: The user's message. Without one, standard input is the message; on a terminal, a chat begins, which an
+            empty line or Ctrl-D ends.
+        target: The target model.
+        draft: A head's folder or hub id, `ngram` (prompt look-up), a causal LM with the same tokenizer, or `none`.
+        verify: `exact`, `mars`, another rule, or the one in the head's decode.json.
+        temperature: 0 is greedy.
+        max_new_tokens: Per answer, exact to the token.
+        seed: Of the draws.
+        dtype: Of target and draft.
+        schedule: How the tree changes from round to round; default: as in the head's decode.json.
+        compiled: Run the target through torch.compile: minutes at first, then faster on long texts.
+        quiet: Only the text: no colours, no line of statistics.
+    """
+    from dataclasses import replace
+
+    import torch
+
+    import slipstream
+    from slipstream.data.template import encode_prompt
+    from slipstream.decode.speculation import Speculation
+    from slipstream.decode.stream import TagStream
+
+    chat = prompt is None and sys.stdin.isatty()
+    if prompt is None and not chat:
+        prompt = sys.stdin.read().strip()
+        if not prompt:
+            raise SlipstreamError("no prompt: give --prompt, or write one to standard input")
+    decoder = slipstream.load(target, draft, dtype=dtype, compiled=compiled)
+    if schedule is not None:
+        decoder.policy = replace(decoder.policy, speculation=Speculation(schedule))
+    tokenizer = decoder.target.chat_tokenizer
+    messages: list[dict[str, str]] = []
+    while message := prompt if prompt is not None else _ask():
+        messages.append({"role": "user", "content": message})
+        stream = TagStream(tokenizer, plain=quiet or draft == "none")
+        out = decoder.generate(
+            torch.tensor([encode_prompt(tokenizer, messages)]),
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            verify=verify,
+            seed=seed,
+            on_tokens=stream.put,
+        )
+        stream.end()
+        if not quiet:
+            stream.statistics(out.stats)
+        if not chat:
+            return
+        text = tokenizer.decode([token.id for token in out.tokens], skip_special_tokens=True)
+        messages.append({"role": "assistant", "content": text})
+
+
+def _ask() -> str:
+    """The next message of a chat; empty at its end."""
+    try:
+        return input("> ").strip()
+    except (EOFError, KeyboardInterrupt):
+        return ""
+
+
+def evaluate(
+    out: Path,
+    target: str = "smollm2-135m-instruct",
+    draft: str = "none",
+    prompts: Path | None = None,
+    rules: list[str] = ["exact", "mars"],  # noqa: B006 (jsonargparse copies defaults)
+    limit: int | None = None,
+    max_new_tokens: int = 128,
+    temperature: float = 0.0,
+    dtype: Dtype = "bfloat16",
+    seed: int = 0,
+) -> None:
+    """Measure rules against transformers' generate on the same prompts: results.json, answers.jsonl, report.html.
+
+    Args:
+        out: Folder for the results.
+        target: The target model.
+        draft: A head's folder or hub id, or `none`.
+        prompts: JSONL of Spec-Bench rows; default: the held-out prompts that ship with the package.
+        rules: Beside the two baselines.
+        limit: Only the first prompts.
+        max_new_tokens: Per turn.
+        temperature: 0 is greedy.
+        dtype: Of target and head; whether outputs are identical is only claimed in float32.
+        seed: Of draws and intervals.
+    """
+    import slipstream
+    from slipstream.configs.files import require_writable
+    from slipstream.decode.evaluate import read_prompts
+    from slipstream.decode.suite import evaluate as measure
+
+    if (out / "results.json").exists():
+        raise SlipstreamError(f"{out} holds the results of another run; give another --out")
+    rows = read_prompts(prompts, limit)
+    decoder = slipstream.load(target, draft, dtype=dtype)
+    require_writable(out, 10)
+    measure(
+        decoder, draft, rows, rules if draft != "none" else [], out,
+        max_new_tokens=max_new_tokens, temperature=temperature, seed=seed,
+    )  # fmt: skip
+
+
+def tune(
+    draft: Path,
+    target: str = "smollm2-135m-instruct",
+    prompts: Path | None = None,
+    regret: float = 0.02,
+    max_new_tokens: int = 64,
+    dtype: Dtype = "bfloat16",
+) -> None:
+    """Choose tree and relaxed rule by real runs on this device; writes decode.json into the head's folder.
+
+    Args:
+        draft: The head's folder.
+        target: The target model.
+        prompts: JSONL of Spec-Bench rows; default: the tuning prompts that ship with the package.
+        regret: Mean regret the relaxed rule may cost, nats per token.
+        max_new_tokens: Per turn.
+        dtype: Of target and head.
+    """
+    import slipstream
+    from slipstream.decode.evaluate import read_prompts, tuning_prompts
+    from slipstream.decode.tune import frontier_table
+    from slipstream.decode.tune import tune as search
+
+    rows = read_prompts(prompts) if prompts is not None else tuning_prompts()
+    decoder = slipstream.load(target, str(draft), dtype=dtype)
+    policy, points = search(decoder, rows, regret_budget=regret, max_new_tokens=max_new_tokens)
+    policy.save(draft)
+    from slipstream.configs.progress import console
+
+    console.print(frontier_table(points))
