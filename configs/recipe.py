@@ -56,15 +56,29 @@ class HeadSettings:
     """The draft head.
 
     Attributes:
+        kind: `eagle3`, `eagle1` (over several unroll steps: HASS), or `parallel` (P-EAGLE).
         draft_vocab_size: Tokens the head can propose: the most frequent ones of the assistant.
+        layers: Decoder layers.
+        hidden_size: Width; None is the target's.
+        intermediate_size: Of the MLP; None is the target's.
+        norm_output: Feed the feature back after its last norm (EAGLE-3.1).
+        norm_before_fc: One norm over the captured states together.
+        fc_norm: One norm for each captured state (EAGLE-3.1).
         from_target: Start fc at the highest captured layer and lm_head at the target's own rows, not at random.
     """
 
+    kind: Literal["eagle3", "eagle1", "parallel"] = "eagle3"
     draft_vocab_size: int = 8192
+    layers: int = 1
+    hidden_size: int | None = None
+    intermediate_size: int | None = None
+    norm_output: bool = False
+    norm_before_fc: bool = False
+    fc_norm: bool = False
     from_target: bool = True
 
     def __post_init__(self) -> None:
-        _require(self, "head", ("draft_vocab_size",))
+        _require(self, "head", ("draft_vocab_size", "layers", "hidden_size", "intermediate_size"))
 
 
 @dataclass(frozen=True)
@@ -74,7 +88,7 @@ class DistillSettings:
     Attributes:
         steps: Unroll steps K of the training-time test.
         step_decay: Weight of step k is `step_decay ** k`, over the sum of the weights.
-        objective: `forward_kl`, `total_variation`, `lk_alpha` or `lk_lambda`.
+        objectives: Weights of `forward_kl`, `total_variation`, `lk_alpha`, `lk_lambda`, `top_k`.
         noise: Width of uniform noise on the target features.
         feature_weight: Of the distance between the head's output and the target's last hidden state, beside the objective.
         single: Share of the training, from its beginning, in which the head is unrolled one step only: cheaper, and all
@@ -85,7 +99,7 @@ class DistillSettings:
 
     steps: int = 3
     step_decay: float = 0.8
-    objective: str = "lk_lambda"
+    objectives: dict[str, float] = field(default_factory=lambda: {"lk_lambda": 1.0})
     noise: float = 0.0
     feature_weight: float = 0.0
     single: float = 0.5

@@ -18,7 +18,7 @@ from slipstream.distill.packing import pack
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from slipstream.distill.draft import DraftHead
+    from slipstream.distill.draft import Attend, DraftHead
     from slipstream.distill.target import Target
 
 
@@ -223,23 +223,23 @@ class _TreeDrafter:
 
 
 class HeadDrafter(_TreeDrafter):
-    """A draft head on the target's features (EAGLE-3)."""
-
-    layers = 1
+    """A draft head on the target's features."""
 
     def __init__(self, head: DraftHead, target: Target) -> None:
+        head.borrow(target)
         self.head = head
+        self.layers = head.config.num_hidden_layers
         self.packing = pack(head)
         self.embeddings = target.embeddings
         self.vocabulary = head.vocabulary()
         self.vocab_size = target.vocab_size
         self.begin(1)
 
-    def _forward(self, tokens: Tensor, hidden: Tensor, positions: Tensor, visible: Tensor | None) -> Tensor:
-        """Recurrent features [B, Q, H]; `visible` is bool [B, Q, K], None for causal rows with no cache before them."""
+    def _attend(self, visible: Tensor | None) -> Attend:
+        """Attention over the cache; `visible` is bool [B, Q, K], None for causal rows with no cache before them."""
 
-        def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            keys, values = self.cache.layers[0].update(key, value)
+        def attend(query: Tensor, key: Tensor, value: Tensor, layer: int) -> Tensor:
+            keys, values = self.cache.layers[layer].update(key, value)
             return scaled_dot_product_attention(
                 query,
                 keys,
@@ -249,8 +249,11 @@ class HeadDrafter(_TreeDrafter):
                 enable_gqa=query.shape[1] != keys.shape[1],
             )
 
-        embedding = self.embeddings(tokens).to(hidden.dtype)
-        return self.head(embedding, hidden, positions, attend)
+        return attend
+
+    def _forward(self, tokens: Tensor, hidden: Tensor, positions: Tensor, visible: Tensor | None) -> Tensor:
+        """Recurrent features [B, Q, H]."""
+        return self.head(self.head.embed(self.embeddings(tokens)), hidden, positions, self._attend(visible))
 
     def propose(self, round: Round) -> Tree:
         with self.packing.used():
@@ -267,6 +270,8 @@ class HeadDrafter(_TreeDrafter):
         positions = (round.ends - 1 - fresh)[:, None] + torch.arange(count, device=round.ids.device)
         tokens = round.ids.gather(1, (positions + 1).clamp(max=round.ids.shape[1] - 1))
         hidden = self.head.fuse(round.features.to(self.head.fc.weight.dtype))
+        if self.head.config.kind == "parallel":
+            return self._extend_parallel(round, tokens, hidden, positions, fresh)
         visible = None
         if any(self.cache.lengths):
             visible = self.cache.visible(causal(count, batch, tokens.device), count)
@@ -275,7 +280,36 @@ class HeadDrafter(_TreeDrafter):
         last = _pick(out, fresh[:, None] - 1)[:, 0]
         return self.head.logits(last), last
 
+    def _extend_parallel(
+        self, round: Round, tokens: Tensor, hidden: Tensor, positions: Tensor, fresh: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """As `_extend`, with the masks of all later drafts in the same pass; their logits wait in `_ahead`, [B, K, Vd].
+
+        Worked example: rows 0..3 hold features, and 3 drafts are wanted: masks follow at positions 4 and 5, and rows 3,
+        4, 5 predict tokens 5, 6, 7.
+        """
+        batch, count = tokens.shape
+        later = round.shape.depth - 1
+        mask_embedding, mask_hidden = self.head.masks(batch, later)
+        steps = torch.arange(later, device=tokens.device)
+        embedding = torch.cat([self.head.embed(self.embeddings(tokens)), mask_embedding], 1)
+        seen = causal(count + later, batch, tokens.device).clone()
+        real = torch.arange(count, device=tokens.device) < fresh[:, None]  # rows of features differ in number
+        seen[:, count:, :count] = real[:, None]
+        out = self.head(
+            embedding,
+            torch.cat([hidden, mask_hidden], 1),
+            torch.cat([positions, (round.ends - 1)[:, None] + steps], 1),
+            self._attend(self.cache.visible(seen, count + later)),
+        )
+        self.cache.commit_first(round.fresh)
+        last = _pick(out, fresh[:, None] - 1)
+        self._ahead = self.head.logits(torch.cat([last, out[:, count:]], 1))
+        return self._ahead[:, 0], last[:, 0]
+
     def _step(self, tokens: Tensor, state: Tensor, depth: int, round: Round, seen: Tensor) -> tuple[Tensor, Tensor]:
+        if self.head.config.kind == "parallel":  # the same for every draft of a depth
+            return self._ahead[:, depth, None].expand(-1, tokens.shape[1], -1), state
         positions = (round.ends - 2 + depth)[:, None].expand_as(tokens)
         visible = self.cache.visible(seen, tokens.shape[1])
         hidden = self._forward(tokens, state, positions, visible)

@@ -21,22 +21,22 @@ class UnrollAttention:
     """
 
     def __init__(self) -> None:
-        self._keys: list[Tensor] = []
-        self._values: list[Tensor] = []
+        self._steps: dict[int, tuple[list[Tensor], list[Tensor]]] = {}  # keys and values of a layer
 
-    def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Attend from step `len(calls so far)`; all tensors [B, heads, L, d]."""
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, layer: int) -> Tensor:
+        """Attend from step `len(calls of this layer so far)`; all tensors [B, heads, L, d]."""
         heads, length = query.shape[1], query.shape[2]
         key, value = _expand(key, heads), _expand(value, heads)
-        self._keys.append(key)
-        self._values.append(value)
-        if len(self._keys) == 1:
+        keys, values = self._steps.setdefault(layer, ([], []))
+        keys.append(key)
+        values.append(value)
+        if len(keys) == 1:
             return torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
         scale = query.shape[-1] ** -0.5
         future = torch.ones(length, length, dtype=torch.bool, device=query.device).triu(1)
-        causal = (query @ self._keys[0].transpose(-1, -2)).float().masked_fill(future, float("-inf"))
-        diagonal = torch.stack([(query * k).sum(-1) for k in self._keys[1:]], dim=-1).float()  # [B, heads, L, k]
+        causal = (query @ keys[0].transpose(-1, -2)).float().masked_fill(future, float("-inf"))
+        diagonal = torch.stack([(query * k).sum(-1) for k in keys[1:]], dim=-1).float()  # [B, heads, L, k]
         weights = torch.softmax(torch.cat([causal, diagonal], dim=-1) * scale, dim=-1).to(query.dtype)
-        out = weights[..., :length] @ self._values[0]
-        own = weights[..., length:].unsqueeze(-1) * torch.stack(self._values[1:], dim=-2)  # [B, heads, L, k, d]
+        out = weights[..., :length] @ values[0]
+        own = weights[..., length:].unsqueeze(-1) * torch.stack(values[1:], dim=-2)  # [B, heads, L, k, d]
         return out + own.sum(-2)

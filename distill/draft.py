@@ -1,4 +1,4 @@
-"""The draft head: EAGLE-3 (arXiv 2503.01840), tensor names as SafeAILab publishes them."""
+"""The draft head: EAGLE-3 (arXiv 2503.01840) and its relatives, one module with one config."""
 
 from __future__ import annotations
 
@@ -23,27 +23,43 @@ if TYPE_CHECKING:
 class Attend(Protocol):
     """Attention over whatever keys the caller holds: queries, keys, values [B, heads, Q, d] to [B, heads, Q, d]."""
 
-    def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor: ...
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, layer: int) -> Tensor: ...
 
 
 class DraftConfig(LlamaConfig):
-    """Shape of a head and what it was made for.
+    """Shape of a head and what it was made for, beside Llama's keys.
 
-    Beside Llama's keys: `draft_vocab_size`, `target_hidden_size`, `eagle_aux_hidden_state_layer_ids` (states *entering*
-    these layers, vLLM's convention) and `target_name`.
+    Attributes:
+        kind: `eagle3`; `eagle1` (arXiv 2401.15077; trained over several steps it is HASS, 2408.15766), which predicts the
+            target's last state and reads tokens off it with the target's own output matrix; `parallel` (P-EAGLE), whose
+            later drafts come from learned mask states in the same pass as the first.
+        draft_vocab_size: Vd.
+        target_hidden_size: Ht.
+        eagle_aux_hidden_state_layer_ids: States *entering* these layers are read (vLLM's convention).
+        target_name: The target trained for.
+        norm_before_residual: The feature enters the residual stream after its norm (speculators).
+        norm_before_fc: One norm over all captured states side by side before `fc`.
+        fc_norm: One norm for each captured state before `fc` (EAGLE-3.1).
+        norm_output: The recurrent feature is taken after the last norm (EAGLE-3.1).
+        fc_bias: Whether `fc` has a bias (EAGLE-1 checkpoints).
     """
 
     model_type = "slipstream_eagle3"
 
+    kind: str = "eagle3"
     draft_vocab_size: int = 8192
     target_hidden_size: int = 4096
     eagle_aux_hidden_state_layer_ids: list[int] | None = None
     target_name: str = ""
     norm_before_residual: bool = False
+    norm_before_fc: bool = False
+    fc_norm: bool = False
+    norm_output: bool = False
+    fc_bias: bool = False
 
     @classmethod
     def for_target(cls, target: Target, draft_vocab_size: int, **overrides: Any) -> DraftConfig:
-        """A head of the target's own width, head size, rope and norms."""
+        """A head with the target's own head size, rope, norms and, unless overridden, width."""
         config = target.config
         heads = int(config.num_attention_heads)
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
@@ -60,7 +76,9 @@ class DraftConfig(LlamaConfig):
             "rope_parameters": {"rope_type": "default", "rope_theta": _rope_theta(config)},
             "draft_vocab_size": min(draft_vocab_size, target.vocab_size),
             "target_hidden_size": config.hidden_size,
-            "eagle_aux_hidden_state_layer_ids": list(target.layer_ids),
+            "eagle_aux_hidden_state_layer_ids": (
+                [config.num_hidden_layers] if overrides.get("kind") == "eagle1" else list(target.layer_ids)
+            ),
             "target_name": target.name,
             "tie_word_embeddings": False,
             "bos_token_id": config.bos_token_id,
@@ -77,48 +95,66 @@ def _rope_theta(config: Any) -> float:
 
 
 class DraftAttention(nn.Module):
-    """Self-attention over cat(embedding, feature), 2H wide at the input."""
+    """Self-attention over inputs of any width."""
 
-    def __init__(self, config: DraftConfig) -> None:
+    def __init__(self, config: DraftConfig, width: int) -> None:
         super().__init__()
         self.head_dim = config.head_dim
-        width = 2 * config.hidden_size
         self.q_proj = nn.Linear(width, config.num_attention_heads * self.head_dim, bias=False)
         self.k_proj = nn.Linear(width, config.num_key_value_heads * self.head_dim, bias=False)
         self.v_proj = nn.Linear(width, config.num_key_value_heads * self.head_dim, bias=False)
         self.o_proj = nn.Linear(config.num_attention_heads * self.head_dim, config.hidden_size, bias=False)
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], attend: Attend, layer: int) -> Tensor:
         query, key, value = (
             proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
         query, key = apply_rotary_pos_emb(query, key, *rotary)
-        return self.o_proj(attend(query, key, value).transpose(1, 2).flatten(2))
+        return self.o_proj(attend(query, key, value, layer).transpose(1, 2).flatten(2))
 
 
-class DraftLayer(nn.Module):
-    """The one decoder layer of the head."""
+class FusedLayer(nn.Module):
+    """EAGLE-3's first layer: attention over embedding and feature side by side, embedding first."""
 
     def __init__(self, config: DraftConfig) -> None:
         super().__init__()
-        self.self_attn = DraftAttention(config)
+        self.self_attn = DraftAttention(config, 2 * config.hidden_size)
         self.mlp = LlamaMLP(config)
         self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.hidden_norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.norm_before_residual = config.norm_before_residual
 
     def forward(self, embedding: Tensor, hidden: Tensor, rotary: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
-        x = torch.cat([self.input_layernorm(embedding), self.hidden_norm(hidden)], dim=-1)
-        hidden = hidden + self.self_attn(x, rotary, attend)
+        normed = self.hidden_norm(hidden)
+        x = torch.cat([self.input_layernorm(embedding), normed], dim=-1)
+        hidden = (normed if self.norm_before_residual else hidden) + self.self_attn(x, rotary, attend, 0)
+        return hidden + self.mlp(self.post_attention_layernorm(hidden))
+
+
+class PlainLayer(nn.Module):
+    """A layer on the feature alone: those behind the first, and EAGLE-1's, which has no norm before its attention."""
+
+    def __init__(self, config: DraftConfig, layer: int, *, norm_input: bool = True) -> None:
+        super().__init__()
+        self.layer = layer
+        self.self_attn = DraftAttention(config, config.hidden_size)
+        self.mlp = LlamaMLP(config)
+        norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.input_layernorm = norm if norm_input else nn.Identity()
+        self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(self, hidden: Tensor, rotary: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
+        hidden = hidden + self.self_attn(self.input_layernorm(hidden), rotary, attend, self.layer)
         return hidden + self.mlp(self.post_attention_layernorm(hidden))
 
 
 class DraftHead(PreTrainedModel):
-    """EAGLE-3 draft head; the same forward serves training (unrolled) and decoding (cached), which differ in `attend`.
+    """A draft head; the same forward serves training (unrolled) and decoding (cached), which differ in `attend`.
 
     Row p takes the feature of token p and the embedding of token p+1, and predicts token p+2. The recurrent feature is
-    the layer's output before `norm`.
+    the layers' output before `norm`, unless the config says otherwise. Tensor names are those SafeAILab publishes.
     """
 
     config_class = DraftConfig
@@ -126,13 +162,37 @@ class DraftHead(PreTrainedModel):
     config: DraftConfig
     d2t: Tensor
     t2d: Tensor
+    lm_head: nn.Linear
 
     def __init__(self, config: DraftConfig) -> None:
         super().__init__(config)
-        self.fc = nn.Linear(len(self.layer_ids) * config.target_hidden_size, config.hidden_size, bias=False)
-        self.midlayer = DraftLayer(config)
-        self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.lm_head = nn.Linear(config.hidden_size, config.draft_vocab_size, bias=False)
+        width, captured = config.hidden_size, len(self.layer_ids) * config.target_hidden_size
+        same = config.target_hidden_size == width
+        self.embed_proj = nn.Identity() if same else nn.Linear(config.target_hidden_size, width, bias=False)
+        if config.kind == "eagle1":
+            if not same:
+                raise SlipstreamError(
+                    f"an eagle1 head is as wide as its target: {config.target_hidden_size}, not {width}"
+                )
+            self.fc = nn.Linear(2 * width, width, bias=config.fc_bias)
+            self.midlayer: nn.Module = PlainLayer(config, 0, norm_input=False)
+        else:
+            self.fc = nn.Linear(captured, width, bias=config.fc_bias)
+            self.midlayer = FusedLayer(config)
+        self.layers = nn.ModuleList(PlainLayer(config, i) for i in range(1, config.num_hidden_layers))
+        if config.norm_before_fc:
+            self.input_norm = LlamaRMSNorm(captured, eps=config.rms_norm_eps)
+        if config.fc_norm:
+            norms = (LlamaRMSNorm(config.target_hidden_size, eps=config.rms_norm_eps) for _ in self.layer_ids)
+            self.fc_norm = nn.ModuleList(norms)
+        if config.kind == "parallel":
+            self.mask_embedding = nn.Parameter(torch.randn(width) * config.initializer_range)
+            self.mask_hidden = nn.Parameter(torch.randn(width) * config.initializer_range)
+        if config.kind == "eagle1":
+            self.norm: nn.Module = nn.Identity()
+        else:
+            self.norm = LlamaRMSNorm(width, eps=config.rms_norm_eps)
+            self.lm_head = nn.Linear(width, config.draft_vocab_size, bias=False)
         self.rotary = LlamaRotaryEmbedding(config)
         self.register_buffer("d2t", torch.zeros(config.draft_vocab_size, dtype=torch.long))
         self.register_buffer("t2d", torch.zeros(config.vocab_size, dtype=torch.bool))
@@ -154,27 +214,72 @@ class DraftHead(PreTrainedModel):
         """Target ids of the draft vocabulary, [Vd]."""
         return self.d2t + torch.arange(len(self.d2t), device=self.d2t.device)
 
+    def borrow(self, target: Target) -> None:
+        """Take what an `eagle1` head has not of its own, the target's output matrix at the draft vocabulary.
+
+        Raises:
+            SlipstreamError: If the target's output layer is not a plain matrix.
+        """
+        if self.config.kind != "eagle1" or "lm_head" in self.__dict__:
+            return
+        output = target.model.get_output_embeddings()
+        if not isinstance(output, nn.Linear) or output.bias is not None:
+            raise SlipstreamError(
+                f"an eagle1 head needs a target whose output layer is a plain matrix, not {target.name}'s"
+            )
+        weight = output.weight[self.vocabulary().to(output.weight.device)].detach()
+        lent = nn.Linear(self.config.hidden_size, len(weight), bias=False, device="meta")
+        lent.weight = nn.Parameter(weight, requires_grad=False)
+        self.__dict__["lm_head"] = lent  # no submodule: neither saved nor trained
+
     def fuse(self, features: Tensor) -> Tensor:
         """Target features [.., A*Ht] to the first step's feature [.., H]."""
+        if self.config.kind == "eagle1":
+            return features
+        if self.config.norm_before_fc:
+            features = self.input_norm(features)
+        if self.config.fc_norm:
+            parts = features.split(self.config.target_hidden_size, dim=-1)
+            features = torch.cat([norm(part) for norm, part in zip(self.fc_norm, parts, strict=True)], dim=-1)
         return self.fc(features)
+
+    def embed(self, embedding: Tensor) -> Tensor:
+        """The target's embeddings [.., Ht] in this head's width and type, [.., H]."""
+        return self.embed_proj(embedding.to(self.fc.weight.dtype))
+
+    def masks(self, batch: int, rows: int) -> tuple[Tensor, Tensor]:
+        """What stands in for unknown tokens and features in a `parallel` head: embeddings and features [B, Q, H]."""
+        shape = (batch, rows, -1)
+        return self.mask_embedding.expand(*shape), self.mask_hidden.expand(*shape)
 
     def forward(self, embedding: Tensor, hidden: Tensor, position_ids: Tensor, attend: Attend) -> Tensor:
         """One draft step.
 
         Args:
-            embedding: [B, Q, Ht], of the token after each row's own.
+            embedding: [B, Q, H], of the token after each row's own, from `embed`.
             hidden: [B, Q, H], fused target features, or the output of the step before.
             position_ids: [B, Q].
             attend: Attention over the caller's keys.
 
         Returns:
-            The recurrent feature [B, Q, H], before the norm.
+            The recurrent feature [B, Q, H].
         """
-        return self.midlayer(embedding, hidden, self.rotary(hidden, position_ids), attend)
+        rotary = self.rotary(hidden, position_ids)
+        if self.config.kind == "eagle1":
+            hidden = self.midlayer(self.fc(torch.cat([embedding, hidden], dim=-1)), rotary, attend)
+        else:
+            hidden = self.midlayer(embedding, hidden, rotary, attend)
+        for layer in self.layers:
+            hidden = layer(hidden, rotary, attend)
+        return self.norm(hidden) if self.config.norm_output else hidden
+
+    def normed(self, hidden: Tensor) -> Tensor:
+        """What `lm_head` reads of a recurrent feature, [.., H]."""
+        return hidden if self.config.norm_output else self.norm(hidden)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits over the draft vocabulary, [.., Vd]."""
-        return self.lm_head(self.norm(hidden))
+        return self.lm_head(self.normed(hidden))
 
     def check_target(self, target: Target) -> None:
         """Make sure this head was made for `target`.
@@ -185,6 +290,11 @@ class DraftHead(PreTrainedModel):
         config = self.config
         if config.target_name and config.target_name != target.name:
             raise SlipstreamError(f"this draft head belongs to target {config.target_name!r}, not to {target.name!r}")
+        if self.layer_ids != target.layer_ids:
+            raise SlipstreamError(
+                f"this draft head reads layers {self.layer_ids}, target {target.name!r} was loaded to give "
+                f"{target.layer_ids}; use target.reading({self.layer_ids})"
+            )
         for what, mine, theirs in (
             ("features of width", config.target_hidden_size, target.config.hidden_size),
             ("a vocabulary of", config.vocab_size, target.vocab_size),

@@ -19,6 +19,7 @@ from slipstream.distill.draft import DraftConfig, DraftHead
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from slipstream.configs.recipe import HeadSettings
     from slipstream.distill.target import Target
 
 
@@ -28,27 +29,40 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: version(name) for name in names}}
 
 
-def new_head(target: Target, vocabulary: Tensor, *, seed: int, from_target: bool) -> DraftHead:
+def new_head(target: Target, vocabulary: Tensor, settings: HeadSettings, *, seed: int) -> DraftHead:
     """A head for `target`, before training.
 
     Args:
-        target: Width, head size, rope, norms and layers are taken from it.
+        target: Head size, rope, norms and layers are taken from it.
         vocabulary: Target ids of the draft vocabulary, [Vd].
+        settings: Kind and shape. With `from_target`, `lm_head` starts at the target's own rows and `fc` at the highest
+            captured state, so that the untrained head already reads the target's late state through the target's own
+            output matrix.
         seed: Of the random weights.
-        from_target: Start `lm_head` at the target's own rows and `fc` at the highest captured layer, so that the
-            untrained head already reads the target's late state through the target's own output matrix.
     """
-    config = DraftConfig.for_target(target, len(vocabulary))
+    shape = {"hidden_size": settings.hidden_size, "intermediate_size": settings.intermediate_size}
+    config = DraftConfig.for_target(
+        target,
+        len(vocabulary),
+        kind=settings.kind,
+        num_hidden_layers=settings.layers,
+        norm_output=settings.norm_output,
+        norm_before_fc=settings.norm_before_fc,
+        fc_norm=settings.fc_norm,
+        **{name: size for name, size in shape.items() if size is not None},
+    )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         head = DraftHead(config)
     head.set_vocabulary(vocabulary)
-    if from_target:
+    head.borrow(target)
+    if settings.from_target:
         output = target.model.get_output_embeddings()
         with torch.no_grad():
             head.fc.weight.mul_(0.1)
             head.fc.weight[:, -config.target_hidden_size :] += torch.eye(config.hidden_size, config.target_hidden_size)
-            if output is not None and output.weight.shape[1] == config.hidden_size:
+            own = config.kind != "eagle1" and output is not None and output.weight.shape[1] == config.hidden_size
+            if own:
                 head.lm_head.weight.copy_(output.weight[vocabulary.to(output.weight.device)].float())
     return head
 

@@ -51,7 +51,10 @@ class _ChunkedLoss(torch.autograd.Function):
         x, weight = hidden.to(dtype), output.to(dtype)
         total = torch.zeros((), device=hidden.device)
         guess = torch.empty(len(hidden), dtype=torch.long, device=hidden.device)
-        grads = [torch.zeros_like(hidden), torch.zeros_like(output)] if wanted else []
+        grads = [
+            torch.zeros_like(x) if needed else None
+            for x, needed in zip((hidden, output), ctx.needs_input_grad, strict=False)
+        ]
         for start in range(0, len(hidden), _CHUNK):
             at = slice(start, start + _CHUNK)
             logits = torch.mm(x[at], weight.T)
@@ -61,8 +64,10 @@ class _ChunkedLoss(torch.autograd.Function):
                 loss = objective(logits, teacher.take(rows[at])).where(counted[at], 0.0).sum()
             if wanted:
                 (slope,) = torch.autograd.grad(loss, logits)
-                grads[0][at] = torch.mm(slope, weight)
-                grads[1].add_(torch.mm(slope.T, x[at]))
+                if grads[0] is not None:
+                    grads[0][at] = torch.mm(slope, weight)
+                if grads[1] is not None:
+                    grads[1].add_(torch.mm(slope.T, x[at]))
             total += loss.detach()
         ctx.save_for_backward(*grads)
         ctx.mark_non_differentiable(guess)
@@ -70,7 +75,7 @@ class _ChunkedLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        return (*(g * grad for g in ctx.saved_tensors), None, None, None, None)
+        return (*(g if g is None else g * grad for g in ctx.saved_tensors), None, None, None, None)
 
 
 def head_loss(
@@ -84,7 +89,7 @@ def head_loss(
     """Sum of `objective` over the counted rows, and the head's top token of every row.
 
     Args:
-        head: Its `norm` and `lm_head` are applied here.
+        head: Its output norm and matrix are applied here.
         hidden: Recurrent features, [R, H].
         teacher: The target's distributions, of T positions.
         rows: Which of the T belongs to each row, [R].
@@ -94,5 +99,5 @@ def head_loss(
     Returns:
         The summed loss (scalar, differentiable) and the top draft-vocabulary index of every row, [R].
     """
-    total, guess = _ChunkedLoss.apply(head.norm(hidden), head.lm_head.weight, teacher, rows, counted, objective)
+    total, guess = _ChunkedLoss.apply(head.normed(hidden), head.lm_head.weight, teacher, rows, counted, objective)
     return total, guess

@@ -12,8 +12,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from slipstream.configs.errors import SlipstreamError
+from slipstream.configs.suggest import near
+
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
 
 @dataclass(frozen=True)
@@ -77,9 +80,31 @@ def lk_lambda(draft_logits: Tensor, teacher: Teacher) -> Tensor:
     return lam * _kl(log_q, teacher) + (1 - lam) * tv
 
 
+def top_k(draft_logits: Tensor, teacher: Teacher) -> Tensor:
+    """`-sum p log q` over the ten likeliest tokens of p (HASS, arXiv 2408.15766), [R]."""
+    p, at = teacher.inside.topk(min(10, teacher.inside.shape[-1]), dim=-1)
+    return -(p * torch.log_softmax(draft_logits.float(), -1).gather(-1, at)).sum(-1)
+
+
+def weighted(weights: Mapping[str, float]) -> Callable[[Tensor, Teacher], Tensor]:
+    """The sum of named objectives, each at its weight.
+
+    Raises:
+        SlipstreamError: If one is unknown.
+    """
+    for name in weights:
+        if name not in OBJECTIVES:
+            raise SlipstreamError(f"unknown objective {name!r}{near(name, OBJECTIVES)}")
+    parts = [(OBJECTIVES[name], weight) for name, weight in weights.items()]
+    if len(parts) == 1 and parts[0][1] == 1:
+        return parts[0][0]
+    return lambda logits, teacher: torch.stack([weight * part(logits, teacher) for part, weight in parts]).sum(0)
+
+
 OBJECTIVES: dict[str, Callable[[Tensor, Teacher], Tensor]] = {
     "forward_kl": forward_kl,
     "total_variation": total_variation,
     "lk_alpha": lk_alpha,
     "lk_lambda": lk_lambda,
+    "top_k": top_k,
 }

@@ -106,6 +106,12 @@ class Target:
                 f"layer {max(self.layer_ids)} was asked for; {self.name} has {self.config.num_hidden_layers}"
             )
 
+    def reading(self, layer_ids: Sequence[int]) -> Target:
+        """This target, with the states that enter other layers for its features; itself, where they are the same."""
+        if list(layer_ids) == self.layer_ids:
+            return self
+        return Target(self.model, self.tokenizer, name=self.name, layer_ids=layer_ids)
+
     @property
     def device(self) -> torch.device:
         """Where the model's first weights lie."""

@@ -66,7 +66,8 @@ def unroll(
 ) -> Unrolled:
     """Run the target and `steps` draft steps over one batch of whole conversations.
 
-    Step k of row p reads the embedding of token p+1+k and is judged by the target's distribution for token p+2+k.
+    Step k of row p reads the embedding of token p+1+k (a `parallel` head reads its mask for k > 0) and is judged by the
+    target's distribution for token p+2+k.
 
     Args:
         head: The head in training.
@@ -80,6 +81,7 @@ def unroll(
             token (EAGLE-1's SmoothL1, in units of that state's size), added to the objective.
         captured: The target's features and hidden states of this batch; None runs the target.
     """
+    head.borrow(target)
     batch, length = input_ids.shape
     device = input_ids.device
     rows = _rows(mask)
@@ -97,7 +99,7 @@ def unroll(
     if noise:
         features = features + (torch.rand_like(features) - 0.5) * noise
     hidden = head.fuse(features)
-    embedded = target.embeddings(input_ids).to(hidden.dtype)
+    embedded = head.embed(target.embeddings(input_ids))
     attend = UnrollAttention()
     row_b, row_p = rows // length, rows % length
     survived = torch.ones(len(rows), dtype=torch.bool, device=device)
@@ -105,7 +107,10 @@ def unroll(
     losses, counts, hits = [], [], []
     accepted = torch.zeros_like(rows)
     for k in range(steps):
-        hidden = head(_shift(embedded, 1 + k), hidden, (at + k).expand(batch, -1), attend)
+        embedding = _shift(embedded, 1 + k)
+        if k and head.config.kind == "parallel":
+            embedding, hidden = head.masks(batch, length)
+        hidden = head(embedding, hidden, (at + k).expand(batch, -1), attend)
         position = row_p + 1 + k  # the target's row that predicts the same token
         valid = position < length - 1
         pick = torch.where(valid, index[row_b, position.clamp(max=length - 1)], -1)
@@ -116,7 +121,7 @@ def unroll(
         loss, guess = head_loss(head, output, teacher, pick, counted, objective)
         if feature_weight:
             aim = captured.hidden[row_b, position.clamp(max=length - 1)]
-            loss = loss + feature_weight * _feature_distance(head.norm(output), aim)[counted].sum()
+            loss = loss + feature_weight * _feature_distance(head.normed(output), aim)[counted].sum()
         losses.append(loss)
         counts.append(counted.sum())
         survived = survived & valid & (head.vocabulary()[guess] == teacher.argmax[pick])

@@ -20,7 +20,7 @@ from test_report import row
 from transformers import BertConfig, BertForMaskedLM, LlamaConfig, LlamaModel, ViTConfig, ViTModel
 
 from slipstream.cli import COMMANDS, main
-from slipstream.configs.recipe import Recipe
+from slipstream.configs.recipe import HeadSettings, Recipe
 from slipstream.distill.heads import new_head, save_head
 from slipstream.distill.target import load_target
 
@@ -93,7 +93,7 @@ def drafts(tmp_path_factory, tiny_target_folder, tiny_tokenizer) -> Path:
     place = tmp_path_factory.mktemp("drafts")
     for name, shape in {"right": {}, "wide": {"hidden_size": 64}, "words": {"vocab_size": 300}}.items():
         save_llama(place / f"{name}-target", tiny_tokenizer, **shape)
-        head = new_head(load_target(str(place / f"{name}-target")), torch.arange(64), seed=0, from_target=True)
+        head = new_head(load_target(str(place / f"{name}-target")), torch.arange(64), HeadSettings(), seed=0)
         head.config.target_name = str(tiny_target_folder)
         save_head(head, place / name, {})
     head.config.target_name = "somebody/else"

@@ -117,7 +117,7 @@ def test_another_recipe_in_the_same_folder_is_refused(tmp_path):
 
 def test_an_unknown_objective_names_the_near_one(tmp_path):
     with pytest.raises(SlipstreamError, match="did you mean 'forward_kl'"):
-        trainer(tmp_path, replace(RECIPE, distill=DistillSettings(objective="forwardkl")))
+        trainer(tmp_path, replace(RECIPE, distill=DistillSettings(objectives={"forwardkl": 1.0})))
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny import VOCAB, tiny_head, tiny_target
+from tiny import HEADS, VOCAB, tiny_head, tiny_target
 
 from slipstream.distill.attention import UnrollAttention
 from slipstream.distill.objectives import OBJECTIVES, Teacher, forward_kl, lk_lambda, overlap, total_variation
@@ -15,16 +15,16 @@ def naive(head, target, ids, mask, steps, objective):
     out = target.forward(ids[None])
     embedded = target.embeddings(ids)
     attn = head.midlayer.self_attn
-    kv = {}  # (step, row) -> key, value per head
+    kv = {}  # (step, row, layer) -> key, value per head
 
     def run(step, row, hidden):
         """The head at one row of one step; hidden [H]."""
         at = row + 1 + step
         e = embedded[at] if at < length else torch.zeros_like(embedded[0])
 
-        def attend(q, k, v):
-            kv[step, row] = (k[0, :, 0], v[0, :, 0])
-            seen = [(0, r) for r in range(row + 1)] + [(s, row) for s in range(1, step + 1)]
+        def attend(q, k, v, layer):
+            kv[step, row, layer] = (k[0, :, 0], v[0, :, 0])
+            seen = [(0, r, layer) for r in range(row + 1)] + [(s, row, layer) for s in range(1, step + 1)]
             groups = q.shape[1] // k.shape[1]
             result = torch.zeros_like(q)
             for h in range(q.shape[1]):
@@ -33,7 +33,10 @@ def naive(head, target, ids, mask, steps, objective):
                 result[0, h, 0] = torch.softmax(keys @ q[0, h, 0] / attn.head_dim**0.5, 0) @ values
             return result
 
-        return head(e[None, None], hidden[None, None], torch.tensor([[row + step]]), attend)[0, 0]
+        e, hidden = head.embed(e)[None, None], hidden[None, None]
+        if step and head.config.kind == "parallel":
+            e, hidden = head.masks(1, 1)
+        return head(e, hidden, torch.tensor([[row + step]]), attend)[0, 0]
 
     hidden = {row: head.fuse(out.features[0, row]) for row in range(length)}
     losses, rows, hits = [0.0] * steps, [0] * steps, [0] * steps
@@ -59,10 +62,12 @@ def naive(head, target, ids, mask, steps, objective):
     return torch.tensor(losses), torch.tensor(rows), torch.tensor(hits), len(whole)
 
 
+@pytest.mark.parametrize("kind", HEADS)
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_unroll_equals_a_naive_loop_over_rows_and_steps(name):
+def test_unroll_equals_a_naive_loop_over_rows_and_steps(name, kind):
     target = tiny_target()
-    head = tiny_head(target)
+    head = tiny_head(target, **HEADS[kind])
+    target = target.reading(head.layer_ids)
     torch.manual_seed(3)
     ids = torch.randint(3, VOCAB, (12,))
     mask = torch.tensor([0, 0, 0, 1, 1, 1, 1, 0, 0, 1, 1, 1]).bool()

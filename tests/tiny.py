@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from slipstream.configs.recipe import HeadSettings
 from slipstream.decode.drafters import NoDrafter, Round
 from slipstream.decode.tree import Tree, make_tree
+from slipstream.distill.draft import DraftHead
 from slipstream.distill.heads import new_head
 from slipstream.distill.target import Target
 
@@ -47,6 +51,14 @@ ARCHITECTURES: dict[str, dict[str, object]] = {
     "olmo2": {},
 }
 
+HEADS: dict[str, dict[str, Any]] = {  # settings of a recipe's `head`
+    "eagle3": {},
+    "eagle3, two layers and its norms": {"layers": 2, "norm_output": True, "norm_before_fc": True, "fc_norm": True},
+    "eagle3, narrower": {"hidden_size": 16},
+    "eagle1": {"kind": "eagle1"},
+    "parallel": {"kind": "parallel", "layers": 2},
+}
+
 
 def tiny_target(architecture: str = "llama", seed: int = 0, **overrides: object) -> Target:
     """A random fp32 target whose greedy text does not end at once."""
@@ -55,9 +67,9 @@ def tiny_target(architecture: str = "llama", seed: int = 0, **overrides: object)
     return Target(AutoModelForCausalLM.from_config(config, dtype=torch.float32), name=architecture)
 
 
-def tiny_head(target: Target, size: int = 64, seed: int = 0):
-    """A random head over the lower `size` tokens."""
-    return new_head(target, torch.arange(size), seed=seed, from_target=True).eval()
+def tiny_head(target: Target, size: int = 64, seed: int = 0, **settings: Any) -> DraftHead:
+    """A random head over the lower `size` tokens; settings as in a recipe's `head`."""
+    return new_head(target, torch.arange(size), HeadSettings(**settings), seed=seed).eval()
 
 
 def greedy(target: Target, prompt: Tensor, new: int) -> Tensor:

@@ -14,8 +14,7 @@ from accelerate.utils import set_seed
 from slipstream.configs.errors import SlipstreamError
 from slipstream.configs.files import folder_atomic, write_atomic
 from slipstream.configs.progress import progress
-from slipstream.configs.suggest import near
-from slipstream.distill.objectives import OBJECTIVES
+from slipstream.distill.objectives import weighted
 from slipstream.distill.unroll import Unrolled, unroll
 from slipstream.train.metrics import Metrics
 from slipstream.train.optimizer import learning_rate, make_optimizers
@@ -39,11 +38,7 @@ class Trainer:
     def __init__(self, recipe: Recipe, target: Target, head: DraftHead, batches: Batches, folder: Path) -> None:
         self.settings = recipe.train
         self.distill = recipe.distill
-        if self.distill.objective not in OBJECTIVES:
-            raise SlipstreamError(
-                f"unknown objective {self.distill.objective!r}{near(self.distill.objective, OBJECTIVES)}"
-            )
-        self.objective = OBJECTIVES[self.distill.objective]
+        self.objective = weighted(self.distill.objectives)
         self.target = target
         self.batches = batches
         self.folder = folder

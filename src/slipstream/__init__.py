@@ -73,9 +73,8 @@ def load(
         drafter = ModelDrafter(model, loaded)
     elif draft != "none":
         head = draft if isinstance(draft, DraftHead) else load_head(draft, dtype=loaded.dtype, device=loaded.device)
+        loaded = loaded.reading(head.layer_ids)
         head.check_target(loaded)
-        if loaded.layer_ids != head.config.eagle_aux_hidden_state_layer_ids:
-            loaded = Target(loaded.model, loaded.tokenizer, name=loaded.name, layer_ids=head.layer_ids)
         drafter = HeadDrafter(head, loaded)
         if not isinstance(draft, DraftHead):
             policy = Policy.load(Path(draft).expanduser())

@@ -115,7 +115,7 @@ class Quickstart:
         console.print(f"{len(tokens):,} conversations; the draft vocabulary covers {share:.1%} of the target's tokens")
 
         def fresh_head() -> DraftHead:
-            return new_head(target, vocabulary, seed=recipe.train.seed, from_target=recipe.head.from_target)
+            return new_head(target, vocabulary, recipe.head, seed=recipe.train.seed)
 
         def batches(limit: int) -> Batches:
             return Batches(tokens, recipe.data.batch_tokens, recipe.train.seed, limit)
