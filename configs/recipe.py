@@ -125,6 +125,12 @@ class TrainSettings:
         warmup: Share of the steps.
         clip: Gradient norm.
         accumulation: Micro-batches per optimizer step and process.
+        shard: Shard weights and optimizer over the processes of the launch (FSDP2).
+        ema: Decay of a running average of the weights, which then is the head; None keeps the last weights.
+        measure_every: Optimizer steps between real tree decodings of held-out prompts; the best head by them is kept. None
+            measures nothing.
+        measure_prompts: Their file, JSONL of Spec-Bench rows; None takes the tuning prompts that ship with the package.
+        measure_tokens: New tokens an answer.
         mixed_precision: `bf16` or `no`; weights stay fp32.
         seed: Of initialisation, order and noise.
         log_every: Steps between metric rows.
@@ -141,6 +147,11 @@ class TrainSettings:
     warmup: float = 0.03
     clip: float = 0.5
     accumulation: int = 1
+    shard: bool = False
+    ema: float | None = None
+    measure_every: int | None = None
+    measure_prompts: str | None = None
+    measure_tokens: int = 64
     mixed_precision: Literal["bf16", "no"] = "bf16"
     seed: int = 0
     log_every: int = 10
@@ -148,10 +159,24 @@ class TrainSettings:
     trackers: tuple[Literal["wandb", "tensorboard"], ...] = ()
 
     def __post_init__(self) -> None:
-        names = ("learning_rate", "clip", "accumulation", "log_every", "epochs", "max_steps", "checkpoint_minutes")
+        names = (
+            "learning_rate",
+            "clip",
+            "accumulation",
+            "log_every",
+            "epochs",
+            "max_steps",
+            "checkpoint_minutes",
+            "measure_every",
+            "measure_tokens",
+        )
         _require(self, "train", names)
         if not 0 <= self.warmup < 1:
             raise SlipstreamError(f"train.warmup is a share of the steps, from 0 to below 1, not {self.warmup}")
+        if self.ema is not None and not 0 < self.ema < 1:
+            raise SlipstreamError(f"train.ema is a decay between 0 and 1, not {self.ema}")
+        if self.ema is not None and self.shard:
+            raise SlipstreamError("train.ema averages whole weights; it does not go with train.shard")
 
 
 @dataclass(frozen=True)

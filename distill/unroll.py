@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import smooth_l1_loss
 
 from slipstream.distill.attention import UnrollAttention
 from slipstream.distill.loss import head_loss, teacher_from_logits
+from slipstream.distill.objectives import weighted
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from slipstream.configs.recipe import DistillSettings
     from slipstream.distill.draft import DraftHead
     from slipstream.distill.objectives import Teacher
     from slipstream.distill.target import Captured, Target
@@ -63,6 +65,7 @@ def unroll(
     noise: float = 0.0,
     feature_weight: float = 0.0,
     captured: Captured | None = None,
+    generator: torch.Generator | None = None,
 ) -> Unrolled:
     """Run the target and `steps` draft steps over one batch of whole conversations.
 
@@ -80,6 +83,7 @@ def unroll(
         feature_weight: Of the distance between the head's normed output and the target's last hidden state for the same
             token (EAGLE-1's SmoothL1, in units of that state's size), added to the objective.
         captured: The target's features and hidden states of this batch; None runs the target.
+        generator: Of the noise.
     """
     head.borrow(target)
     batch, length = input_ids.shape
@@ -97,9 +101,10 @@ def unroll(
 
     features = captured.features.to(head.fc.weight.dtype)
     if noise:
-        features = features + (torch.rand_like(features) - 0.5) * noise
-    hidden = head.fuse(features)
+        drawn = torch.rand(features.shape, generator=generator, device=device, dtype=features.dtype)
+        features = features + (drawn - 0.5) * noise
     embedded = head.embed(target.embeddings(input_ids))
+    hidden = head.fuse(features).to(embedded.dtype)  # under autocast too the residual stream keeps its precision
     attend = UnrollAttention()
     row_b, row_p = rows // length, rows % length
     survived = torch.ones(len(rows), dtype=torch.bool, device=device)
@@ -130,6 +135,51 @@ def unroll(
     return Unrolled(
         torch.stack(losses), torch.stack(counts), torch.stack(hits), lasting.sum(), accepted, (row_b, row_p)
     )
+
+
+def labelled_rows(mask: Tensor, steps: int) -> Tensor:
+    """Rows that have a label at each unroll step, of a mask [B, L]; known before anything has run, [K].
+
+    The target's top token may lie outside the draft vocabulary in some of them: these add nothing to the loss.
+    """
+    length = mask.shape[1]
+    return torch.stack([(mask[:, 2 : max(2, length - k)] & mask[:, 2 + k :]).sum() for k in range(steps)])
+
+
+class Distillation(nn.Module):
+    """A head and what it is asked to match, as one module: what a launch wraps and calls once a micro-batch."""
+
+    def __init__(self, head: DraftHead, target: Target, settings: DistillSettings, *, autocast: bool) -> None:
+        super().__init__()
+        self.head = head
+        self.target = target
+        self.settings = settings
+        self.objective = weighted(settings.objectives)
+        self.autocast = autocast
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        mask: Tensor,
+        scale: Tensor,
+        captured: Captured | None = None,
+        generator: torch.Generator | None = None,
+    ) -> tuple[Tensor, Unrolled]:
+        """`unroll` over as many steps as `scale` [K] has weights: the weighted loss, and its parts without gradients."""
+        with torch.autocast(input_ids.device.type, torch.bfloat16, enabled=self.autocast):
+            out = unroll(
+                self.head,
+                self.target,
+                input_ids,
+                mask,
+                steps=len(scale),
+                objective=self.objective,
+                noise=self.settings.noise,
+                feature_weight=self.settings.feature_weight,
+                captured=captured,
+                generator=generator,
+            )
+        return (out.loss * scale).sum(), replace(out, loss=out.loss.detach())
 
 
 def _feature_distance(output: Tensor, aim: Tensor) -> Tensor:

@@ -1,22 +1,26 @@
 """The training loop: it learns, it resumes bit for bit, and what it simulates is what decoding measures."""
 
-import json
 from dataclasses import replace
+from functools import cache
 
 import pytest
 import torch
 from datasets import Dataset
+from safetensors.torch import load_file
 from tiny import VOCAB, greedy, tiny_head, tiny_target
+from torch.nn.functional import pad
 
 from slipstream.configs.errors import SlipstreamError
-from slipstream.configs.recipe import DataSettings, DistillSettings, Recipe, TrainSettings
-from slipstream.data.batches import Batches
+from slipstream.configs.recipe import DataSettings, DistillSettings, HeadSettings, Recipe, TrainSettings
+from slipstream.data.batches import Batch, Batches
 from slipstream.decode.drafters import HeadDrafter
 from slipstream.decode.engine import Decoder
-from slipstream.decode.evaluate import simulated_acceptance_length
+from slipstream.decode.evaluate import answer, simulated_acceptance_length
 from slipstream.decode.policy import Policy
 from slipstream.decode.tree import TreeShape
-from slipstream.distill.heads import load_head, save_head
+from slipstream.distill.heads import load_head, new_head, save_head
+from slipstream.distill.target import load_target
+from slipstream.train.measure import Measure
 from slipstream.train.metrics import Metrics
 from slipstream.train.optimizer import learning_rate
 from slipstream.train.trainer import Trainer
@@ -27,8 +31,10 @@ RECIPE = Recipe(
 )
 
 
-def answers(target, count=24, new=24):
-    """Prompts and the target's greedy continuations, token ids."""
+@cache
+def answers(count=24, new=24):
+    """Prompts and the tiny target's greedy continuations, token ids."""
+    target = tiny_target()
     draw = torch.Generator().manual_seed(1)
     prompts = [torch.randint(3, VOCAB, (1, 4), generator=draw) for _ in range(count)]
     return [(p[0].tolist(), greedy(target, p, new)[0, 4:].tolist()) for p in prompts]
@@ -41,7 +47,7 @@ def dataset(pairs):
 
 def trainer(folder, recipe=RECIPE):
     target = tiny_target()
-    batches = Batches(dataset(answers(target)), 120, 0, recipe.data.batches)
+    batches = Batches(dataset(answers()), 120, 0, recipe.data.batches)
     return Trainer(recipe, target, tiny_head(target, VOCAB).train(), batches, folder)
 
 
@@ -100,12 +106,17 @@ def test_a_kill_while_a_checkpoint_is_written_leaves_the_one_before(tmp_path, mo
     run = trainer(tmp_path)
     run.save()
     run.step = 5
-    monkeypatch.setattr(json, "dumps", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt()))
+
+    def cut(state, file):
+        file.write(b"half of it")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch, "save", cut)
     with pytest.raises(KeyboardInterrupt):
         run.save()
     monkeypatch.undo()
     assert trainer(tmp_path).step == 0
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint", "recipe.json"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint.pt", "recipe.json"]
 
 
 def test_another_recipe_in_the_same_folder_is_refused(tmp_path):
@@ -126,11 +137,89 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
         run.head.fc.weight[0, 0] = float("nan")
     with pytest.raises(SlipstreamError, match="NaN or infinite at step 0"):
         run.run()
+    kept = load_file(tmp_path / "bad-step-0-process-0.safetensors")
+    assert torch.equal(kept["input_ids.0"], run.batches[0].input_ids)
+
+
+def test_running_out_of_memory_names_the_setting_to_lower(tmp_path, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("16 GiB were asked for")
+
+    run = trainer(tmp_path)
+    monkeypatch.setattr(run, "_optimize", full)
+    with pytest.raises(SlipstreamError, match=r"lower data\.batch_tokens \(120\)"):
+        run.run()
+
+
+class _Joined:
+    """Micro-batches 4i .. 4i+3 of others, as one."""
+
+    def __init__(self, batches):
+        self.batches, self.limit, self.batch_tokens, self.per_epoch = batches, None, 0, 1
+
+    def __getitem__(self, index):
+        parts = [self.batches[4 * index + i] for i in range(4)]
+        width = max(part.mask.shape[1] for part in parts)
+        return Batch(*(torch.cat([pad(x, (0, width - x.shape[1])) for x in kind]) for kind in zip(*parts, strict=True)))
+
+
+def test_four_micro_batches_teach_what_they_teach_at_once(tmp_path):
+    settings = replace(RECIPE.train, optimizer="adamw", max_steps=4, log_every=1)
+    plain = replace(RECIPE, distill=DistillSettings(steps=3), train=replace(settings, accumulation=4))
+    target = tiny_target()
+    batches = Batches(dataset(answers()), 60, 0)
+    runs = []
+    for name, recipe, data in (("4", plain, batches), ("1", replace(plain, train=settings), _Joined(batches))):
+        run = Trainer(recipe, target, tiny_head(target, VOCAB).train(), data, tmp_path / name)
+        runs.append(([row["loss"] for row in run.run()], run.head.state_dict()))
+    (losses, weights), (others, wanted) = runs
+    assert losses == pytest.approx(others, rel=1e-4)
+    for name, weight in wanted.items():
+        torch.testing.assert_close(weights[name], weight, rtol=1e-3, atol=2e-5)
+
+
+def test_the_running_average_is_the_head_and_survives_a_stop(tmp_path):
+    recipe = replace(RECIPE, train=replace(RECIPE.train, ema=0.5))
+    whole = trainer(tmp_path / "whole", recipe)
+    whole.run()
+    first = trainer(tmp_path / "cut", recipe)
+    for _ in range(3):
+        first._optimize(Metrics(3))
+    first.save()
+    second = trainer(tmp_path / "cut", recipe)
+    second.run()
+    average, again = whole.result().state_dict(), second.result().state_dict()
+    assert not torch.equal(average["fc.weight"], whole.head.fc.weight)
+    for name, weight in average.items():
+        assert torch.equal(weight, again[name]), name
+
+
+def test_the_best_head_by_real_decoding_is_kept(tmp_path, monkeypatch):
+    recipe = replace(RECIPE, train=replace(RECIPE.train, measure_every=2))
+    run = trainer(tmp_path, recipe)
+    seen, said = [], iter([1.1, 1.4, 1.3, 1.2])
+    monkeypatch.setattr(run, "measure", lambda weights: seen.append(copy.deepcopy(weights)) or next(said))
+    rows = run.run()
+    assert [row["acceptance_length"] for row in rows] == [1.1, 1.4, 1.3, 1.2]
+    best = run.result().state_dict()
+    assert all(torch.equal(best[name], weight) for name, weight in seen[1].items())
+
+
+def test_measured_acceptance_is_that_of_the_decoder(tiny_target_folder, tmp_path):
+    target = load_target(str(tiny_target_folder), dtype=torch.float32)
+    settings = TrainSettings(measure_every=1, measure_prompts=str(tmp_path / "p.jsonl"), measure_tokens=8)
+    (tmp_path / "p.jsonl").write_text('{"turns": ["Name a fruit."]}\n')
+    head = new_head(target, torch.arange(200), HeadSettings(), seed=0)
+    tau = Measure(target, head.config, settings)(head.state_dict())
+    record = answer(
+        Decoder(target, HeadDrafter(head.eval(), target)), "exact", {"turns": ["Name a fruit."]}, max_new_tokens=8
+    )
+    assert tau == pytest.approx(sum(record.accept_lengths) / len(record.accept_lengths), abs=1e-4)
 
 
 def test_what_training_simulates_is_what_chains_measure(tmp_path):
     target = tiny_target()
-    pairs = answers(target)
+    pairs = answers()
     recipe = replace(RECIPE, train=replace(RECIPE.train, max_steps=150, learning_rate=1e-2, optimizer="adamw"))
     run = Trainer(recipe, target, tiny_head(target, VOCAB).train(), Batches(dataset(pairs), 400, 0), tmp_path)
     rows = run.run()
@@ -140,9 +229,9 @@ def test_what_training_simulates_is_what_chains_measure(tmp_path):
     simulated = simulated_acceptance_length(head, target, pairs, 3)
     decoder = Decoder(target, HeadDrafter(head, target), Policy(tree=TreeShape(3, 1, 4)))
     lengths = []
-    for prompt, answer in pairs:
+    for prompt, expected in pairs:
         out = decoder.generate(torch.tensor([prompt]), max_new_tokens=24)
-        assert [t.id for t in out.tokens] == answer
+        assert [t.id for t in out.tokens] == expected
         lengths += out.stats.accept_lengths
     assert simulated > 1.3
     assert sum(lengths) / len(lengths) == pytest.approx(simulated, rel=1e-6)
@@ -158,7 +247,7 @@ def test_the_rate_warms_up_and_ends_low():
 
 @pytest.mark.parametrize("broken", ["missing", "truncated", "extra"])
 def test_a_damaged_head_is_refused_by_name(tmp_path, broken):
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import save_file
 
     save_head(tiny_head(tiny_target()), tmp_path / "draft", {})
     file = tmp_path / "draft" / "model.safetensors"

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 if TYPE_CHECKING:
-    from accelerate import Accelerator
+    from collections.abc import Callable
+
     from torch import Tensor
 
     from slipstream.distill.unroll import Unrolled
@@ -35,14 +36,14 @@ class Metrics:
         self.hits[: len(out.hits)] += out.hits.cpu()
         self.tried += out.tried.cpu()
 
-    def row(self, accelerator: Accelerator) -> dict[str, Any]:
-        """The metric row of all ranks.
+    def row(self, add_up: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+        """The metric row of all processes, whose sums `add_up` adds up.
 
         `accuracy` is conditional on the prefix surviving; the simulated acceptance length is
         `1 + sum_k P(prefix survives step k)`, from joint prefix hits.
         """
         packed = torch.cat([self.loss, self.hits, self.tried, torch.tensor([float(self.tokens)])])
-        packed = accelerator.reduce(packed.to(accelerator.device), "sum").cpu()
+        packed = add_up(packed).cpu()
         hits, tried = packed[2:-2], packed[-2].clamp(min=1)
         before = torch.cat([tried[None], hits[:-1]]).clamp(min=1)
         return {

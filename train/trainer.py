@@ -1,4 +1,4 @@
-"""One readable loop over accelerate: features online, unroll, step."""
+"""One readable loop: features, unroll, step; the same on one process and on many."""
 
 from __future__ import annotations
 
@@ -8,22 +8,28 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate import Accelerator
 from accelerate.utils import set_seed
+from safetensors.torch import save_file
 
 from slipstream.configs.errors import SlipstreamError
-from slipstream.configs.files import folder_atomic, write_atomic
+from slipstream.configs.files import write_atomic, write_through
 from slipstream.configs.progress import progress
-from slipstream.distill.objectives import weighted
-from slipstream.distill.unroll import Unrolled, unroll
+from slipstream.distill.unroll import Distillation, labelled_rows
+from slipstream.train.launch import Launch, start
+from slipstream.train.measure import Measure
 from slipstream.train.metrics import Metrics
-from slipstream.train.optimizer import learning_rate, make_optimizers
+from slipstream.train.optimizer import learning_rate
+from slipstream.train.tracking import track
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from accelerate import Accelerator
+    from torch import Tensor
+
+    from slipstream.configs.progress import Advance
     from slipstream.configs.recipe import Recipe
-    from slipstream.data.batches import Batches
+    from slipstream.data.batches import Batch, Batches
     from slipstream.distill.draft import DraftHead
     from slipstream.distill.target import Captured, Target
 
@@ -31,32 +37,39 @@ if TYPE_CHECKING:
 class Trainer:
     """Trains a head on a target's features; `run` goes on from the last checkpoint in `folder`.
 
-    A run's state is its folder: `checkpoint/` (weights, optimizer, RNG; replaced atomically), `metrics.jsonl` (one row
-    every `log_every` steps) and `recipe.json`, which must not change under it.
+    A run's state is its folder: the checkpoint (weights, optimizer; replaced atomically), `best.pt` where heads are
+    measured, `metrics.jsonl` (one row every `log_every` steps) and `recipe.json`, which must not change under it.
+    Micro-batch i of the run is the same whatever process takes it: step s of P processes with accumulation A takes i from
+    s*P*A to (s+1)*P*A - 1, A in a row each.
     """
 
-    def __init__(self, recipe: Recipe, target: Target, head: DraftHead, batches: Batches, folder: Path) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        target: Target,
+        head: DraftHead,
+        batches: Batches,
+        folder: Path,
+        accelerator: Accelerator | None = None,
+    ) -> None:
         self.settings = recipe.train
         self.distill = recipe.distill
-        self.objective = weighted(self.distill.objectives)
         self.target = target
         self.batches = batches
         self.folder = folder
-        self.accelerator = Accelerator(
-            mixed_precision=self.settings.mixed_precision, log_with=list(self.settings.trackers) or None
-        )
-        set_seed(self.settings.seed, device_specific=True)
-        target.model.to(self.accelerator.device)
-        # Not wrapped for data parallelism: gradients are sums here, and are added up over the processes by hand.
-        self.head = self.accelerator.prepare_model(head, evaluation_mode=True)
-        self.optimizers = [
-            self.accelerator.prepare_optimizer(optimizer) for optimizer in make_optimizers(self.head, self.settings)
-        ]
-        micro = self.accelerator.num_processes * self.settings.accumulation
-        self.total = self.settings.max_steps or max(1, round(self.settings.epochs * batches.per_epoch / micro))
-        self.weights = torch.tensor(
-            [self.distill.step_decay**k for k in range(self.distill.steps)], device=self.accelerator.device
-        )
+        set_seed(self.settings.seed)
+        accelerator = accelerator or start(self.settings, folder)
+        self.device = accelerator.device
+        target.model.to(self.device)
+        head.check_target(target)
+        self.head = head
+        mixed = self.settings.mixed_precision == "bf16"
+        self.launch = Launch(accelerator, Distillation(head, target, self.distill, autocast=mixed), self.settings)
+        self.micro = self.launch.processes * self.settings.accumulation
+        self.total = self.settings.max_steps or max(1, round(self.settings.epochs * batches.per_epoch / self.micro))
+        self.weights = torch.tensor([self.distill.step_decay**k for k in range(self.distill.steps)], device=self.device)
+        self.measure = Measure(target, head.config, self.settings) if self.settings.measure_every else None
+        self.average: dict[str, Tensor] = {}
         self.kept: dict[int, Captured] = {}
         self.step = 0
         self.seconds = 0.0
@@ -65,54 +78,38 @@ class Trainer:
 
     def _claim(self, recipe: Recipe) -> None:
         """Take the folder for this recipe, or go on with a run of the same one."""
-        self.folder.mkdir(parents=True, exist_ok=True)
         mine = json.loads(json.dumps(asdict(recipe)))
+        mine["train"]["accumulation"] = self.micro  # more processes may take fewer micro-batches each
         place = self.folder / "recipe.json"
         if place.exists() and (theirs := json.loads(place.read_text())) != mine:
             section, key = next((s, k) for s in mine for k in mine[s] if mine[s][k] != theirs.get(s, {}).get(k))
+            name = f"{section}.{key}" if key != "accumulation" else "train.accumulation times the processes"
             raise SlipstreamError(
-                f"{self.folder} holds another run ({section}.{key} is {theirs.get(section, {}).get(key)!r} there, "
+                f"{self.folder} holds another run ({name} is {theirs.get(section, {}).get(key)!r} there, "
                 f"{mine[section][key]!r} here); give another --out"
             )
-        write_atomic(place, json.dumps(mine, indent=2) + "\n")
-        if (self.folder / "checkpoint").exists():
-            self.accelerator.load_state(str(self.folder / "checkpoint"))
-            state = json.loads((self.folder / "checkpoint" / "progress.json").read_text())
+        self.launch.accelerator.wait_for_everyone()  # all have looked before it is written
+        if self.launch.main:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_atomic(place, json.dumps(mine, indent=2) + "\n")
+        state = self.launch.load(self.folder / "checkpoint")
+        if state is not None:
             self.step, self.seconds, self.rows = state["step"], state["seconds"], state["rows"]
+            self.average = {name: weight.to(self.device) for name, weight in state["average"].items()}
 
     def save(self) -> None:
         """Replace the checkpoint by the present state."""
-        with folder_atomic(self.folder / "checkpoint") as temporary:
-            self.accelerator.save_state(str(temporary))
-            state = {"step": self.step, "seconds": self.seconds, "rows": self.rows}
-            (temporary / "progress.json").write_text(json.dumps(state))
+        state = {"step": self.step, "seconds": self.seconds, "rows": self.rows, "average": self.average}
+        self.launch.save(self.folder / "checkpoint", state)
 
-    def _micro(self, index: int) -> Unrolled:
-        """Forward and backward of one micro-batch; gradients add up as sums, not means."""
-        batch = self.batches[index]
-        device = self.accelerator.device
-        ids = batch.input_ids.to(device)
-        steps = self._unrolled()
-        captured = None
-        if self.distill.keep_features and self.batches.limit is not None:
-            place = self.batches.which(index)
-            if place not in self.kept:
-                self.kept[place] = self.target.capture(ids)
-            captured = self.kept[place]
-        with self.accelerator.autocast():
-            out = unroll(
-                self.head,
-                self.target,
-                ids,
-                batch.mask.to(device),
-                steps=steps,
-                objective=self.objective,
-                noise=self.distill.noise,
-                feature_weight=self.distill.feature_weight,
-                captured=captured,
-            )
-        self.accelerator.backward((out.loss * self.weights[:steps]).sum())
-        return out
+    def _captured(self, index: int, ids: Tensor) -> Captured | None:
+        """What the target says of a micro-batch, where that is kept; None asks it anew."""
+        if not self.distill.keep_features or self.batches.limit is None:
+            return None
+        place = self.batches.which(index)
+        if place not in self.kept:
+            self.kept[place] = self.target.capture(ids)
+        return self.kept[place]
 
     def _unrolled(self) -> int:
         """Unroll steps at this point of the training."""
@@ -120,34 +117,37 @@ class Trainer:
 
     def _optimize(self, metrics: Metrics) -> int:
         """One optimizer step over all micro-batches of all processes; returns its padded tokens here."""
-        accelerator, settings = self.accelerator, self.settings
-        micro = accelerator.num_processes * settings.accumulation
-        first = self.step * micro + accelerator.process_index * settings.accumulation
-        rate = learning_rate(self.step, self.total, settings)
-        for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
-            group["lr"] = rate
-        outs = [self._micro(first + i) for i in range(settings.accumulation)]
-        tokens = sum(self.batches[first + i].mask.numel() for i in range(settings.accumulation))
-        rows = accelerator.reduce(torch.stack([out.rows for out in outs]).sum(0).float(), "sum")
-        # Sums become the mean over all valid rows of all ranks and micro-batches, each step k at its weight.
-        scale = 1.0 / (rows * self.weights[: len(rows)]).sum().clamp(min=1.0)
-        parameters = [p for p in self.head.parameters() if p.grad is not None]
-        for parameter in parameters:
-            parameter.grad = accelerator.reduce(parameter.grad, "sum") * scale
-        norm = accelerator.clip_grad_norm_(parameters, settings.clip)
-        for optimizer in self.optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
-        for out in outs:
-            metrics.add(out, self.weights[: len(rows)])
-        metrics.norm = float(norm)
-        if not torch.isfinite(norm):
-            raise SlipstreamError(
-                f"the loss became NaN or infinite at step {self.step}; lower train.learning_rate "
-                f"(checkpoint of an earlier step in {self.folder / 'checkpoint'})"
-            )
+        settings, steps = self.settings, self._unrolled()
+        first = self.step * self.micro + self.launch.accelerator.process_index * settings.accumulation
+        batches = {index: self.batches[index] for index in range(first, first + settings.accumulation)}
+        # The loss is a mean over all labelled rows of all processes and micro-batches, each unroll step at its weight.
+        rows = self.launch.sum(torch.stack([labelled_rows(b.mask, steps) for b in batches.values()]).sum(0).float())
+        scale = self.weights[:steps] / (rows * self.weights[:steps]).sum().clamp(min=1.0)
+        for index, batch in batches.items():
+            ids, mask = batch.input_ids.to(self.device), batch.mask.to(self.device)
+            noise = torch.Generator(self.device).manual_seed(settings.seed * 1_000_003 + index)
+            loss, out = self.launch.module(ids, mask, scale, self._captured(index, ids), noise)
+            self.launch.backward(loss, last=index == max(batches))
+            metrics.add(out, self.weights[:steps])
+        norm = self.launch.step(learning_rate(self.step, self.total, settings))
+        if norm != norm or norm == float("inf"):
+            self._keep_bad(batches)
+        metrics.norm = norm
+        if settings.ema is not None:
+            for name, weight in self.head.named_parameters():
+                self.average.setdefault(name, weight.detach().clone()).lerp_(weight.detach(), 1 - settings.ema)
         self.step += 1
-        return tokens
+        return sum(batch.mask.numel() for batch in batches.values())
+
+    def _keep_bad(self, batches: dict[int, Batch]) -> None:
+        """Write down what the loss became NaN on, and stop."""
+        place = self.folder / f"bad-step-{self.step}-process-{self.launch.accelerator.process_index}.safetensors"
+        tensors = {f"{name}.{i}": x for i, batch in batches.items() for name, x in batch._asdict().items()}
+        save_file(tensors, place)
+        raise SlipstreamError(
+            f"the loss became NaN or infinite at step {self.step} (its batch is in {place}); lower train.learning_rate and "
+            "give another --out"
+        )
 
     def time_steps(self, steps: int) -> float:
         """Mean seconds of the next `steps` optimizer steps. Nothing is saved."""
@@ -157,33 +157,82 @@ class Trainer:
         return (time.perf_counter() - begun) / steps
 
     def run(self) -> list[dict[str, Any]]:
-        """Train to the end; returns the metric rows."""
-        accelerator = self.accelerator
-        if self.settings.trackers:
-            accelerator.init_trackers("slipstream", config={"folder": str(self.folder)})
-        metrics, clock = Metrics(self.distill.steps), time.perf_counter()
-        saved = clock
+        """Train to the end; returns the metric rows.
+
+        Raises:
+            SlipstreamError: If the loss is not finite, or memory runs out.
+        """
         self.head.train()
-        with progress("train", self.total, "steps") as advance:
-            advance(self.step)
-            while self.step < self.total:
-                metrics.tokens += self._optimize(metrics)
-                now = time.perf_counter()
-                self.seconds, clock = self.seconds + now - clock, now
-                if self.step % self.settings.log_every == 0 or self.step == self.total:
-                    row = {"step": self.step, "seconds": round(self.seconds, 1), **metrics.row(accelerator)}
-                    row["tokens"] += self.rows[-1]["tokens"] if self.rows else 0
-                    self.rows.append(row)
-                    accelerator.log(row, step=self.step)
-                    metrics = Metrics(self.distill.steps)
-                    advance(0, note=f"loss {row['loss']:.3f}, simulated tau {row['simulated_acceptance_length']:.2f}")
-                if now - saved > 60 * self.settings.checkpoint_minutes:
-                    self.save()
-                    saved = time.perf_counter()
-                advance()
+        with (
+            track(self.launch.accelerator, self.settings, self.folder),
+            progress("train", self.total, "steps") as advance,
+        ):
+            try:
+                self._steps(advance)
+            except torch.OutOfMemoryError as error:
+                raise SlipstreamError(
+                    f"out of memory at step {self.step}: lower data.batch_tokens ({self.batches.batch_tokens}) and raise "
+                    "train.accumulation by as much, or lower data.max_length"
+                ) from error
         self.save()
-        if accelerator.is_main_process:
+        if self.launch.main:
             write_atomic(self.folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in self.rows))
-        accelerator.end_training()
         self.head.eval()
         return self.rows
+
+    def _steps(self, advance: Advance) -> None:
+        settings = self.settings
+        metrics, clock = Metrics(self.distill.steps), time.perf_counter()
+        saved = clock
+        advance(self.step)
+        while self.step < self.total:
+            metrics.tokens += self._optimize(metrics)
+            now = time.perf_counter()
+            self.seconds, clock = self.seconds + now - clock, now
+            measured = self._measure()
+            if self.step % settings.log_every == 0 or self.step == self.total or measured:
+                row = {"step": self.step, "seconds": round(self.seconds, 1), **metrics.row(self.launch.sum), **measured}
+                row["tokens"] += self.rows[-1]["tokens"] if self.rows else 0
+                self.rows.append(row)
+                self.launch.accelerator.log(row, step=self.step)
+                metrics = Metrics(self.distill.steps)
+                advance(0, note=f"loss {row['loss']:.3f}, simulated tau {row['simulated_acceptance_length']:.2f}")
+            if self.launch.agree(now - saved > 60 * settings.checkpoint_minutes):
+                self.save()
+                saved = time.perf_counter()
+            if measured:
+                clock = time.perf_counter()
+            advance()
+
+    def _measure(self) -> dict[str, float]:
+        """The acceptance length of real decoding, where it is due; the best head so far is written to `best.pt`."""
+        every = self.settings.measure_every
+        if self.measure is None or every is None or (self.step % every and self.step != self.total):
+            return {}
+        weights = self._weights()
+        if self.launch.main:
+            tau = self.measure(weights)
+            best = max((row.get("acceptance_length", 0.0) for row in self.rows), default=0.0)
+            if tau > best:
+                with write_through(self.folder / "best.pt") as file:
+                    torch.save(weights, file)
+            return {"acceptance_length": tau}
+        return {"acceptance_length": 0.0}
+
+    def _weights(self) -> dict[str, Tensor]:
+        """The head's weights as they stand (their average, where one is kept), on the CPU."""
+        prefix = "head."
+        weights = {name.removeprefix(prefix): x for name, x in self.launch.weights().items()}
+        return {**weights, **{name: x.cpu() for name, x in self.average.items()}}
+
+    def result(self) -> DraftHead | None:
+        """The head of a finished run, on the main process: the best by measured acceptance, where measured, or the last."""
+        best, weights = self.folder / "best.pt", self._weights()
+        if not self.launch.main:
+            return None
+        if best.exists():
+            weights = torch.load(best, map_location="cpu", weights_only=True)
+        head = type(self.head)(self.head.config)
+        head.load_state_dict(weights)
+        head.borrow(self.target)
+        return head.eval()

@@ -129,7 +129,6 @@ class Quickstart:
         )
         trainer = Trainer(recipe, target, fresh_head(), batches(plan["batches"]), self.out / "train")
         rows = trainer.run()
-        head = trainer.accelerator.unwrap_model(trainer.head)
         write_atomic(self.out / "training.json", json.dumps({"curve": rows, "coverage": share}))
         provenance = {
             "target": target.name,
@@ -138,6 +137,8 @@ class Quickstart:
             "seed": recipe.train.seed,
             "tokens": rows[-1]["tokens"],
         }
+        head = trainer.result()
+        assert head is not None  # the quickstart is one process
         save_head(head, self.out / "draft", provenance)
 
     def _plan(self, recipe: Recipe, target: Target, head: DraftHead, batches: Batches) -> dict[str, int]:

@@ -19,6 +19,7 @@ def train(recipe: Recipe, out: Path) -> None:
     from slipstream.data.vocabulary import draft_vocabulary
     from slipstream.distill.heads import new_head, save_head
     from slipstream.distill.target import load_target
+    from slipstream.train.launch import start
     from slipstream.train.trainer import Trainer
 
     if (out / "draft" / "model.safetensors").is_file():
@@ -28,15 +29,18 @@ def train(recipe: Recipe, out: Path) -> None:
         print(f"this run is finished; nothing was changed. Draft head: {out / 'draft'}", file=sys.stderr)
         return
     require_writable(out, 500)
-    target = load_target(recipe.target.name, dtype=recipe.target.dtype, adapter=recipe.target.adapter)
-    tokens = tokenize(read(recipe.data.conversations), target.chat_tokenizer, recipe.data.max_length)
+    accelerator = start(recipe.train, out)
+    with accelerator.main_process_first():  # what it converts and tokenizes, the others find in caches
+        target = load_target(recipe.target.name, dtype=recipe.target.dtype, adapter=recipe.target.adapter)
+        tokens = tokenize(read(recipe.data.conversations), target.chat_tokenizer, recipe.data.max_length)
     vocabulary = draft_vocabulary(tokens, recipe.head.draft_vocab_size, target.vocab_size, target.stop_ids())
     head = new_head(target, vocabulary, recipe.head, seed=recipe.train.seed)
     target = target.reading(head.layer_ids)
     batches = Batches(tokens, recipe.data.batch_tokens, recipe.train.seed, recipe.data.batches)
-    trainer = Trainer(recipe, target, head, batches, out / "train")
+    trainer = Trainer(recipe, target, head, batches, out / "train", accelerator)
     rows = trainer.run()
-    if trainer.accelerator.is_main_process:
+    trained = trainer.result()
+    if trained is not None:
         provenance = {"target": target.name, "recipe": asdict(recipe), "tokens": rows[-1]["tokens"]}
-        save_head(trainer.accelerator.unwrap_model(trainer.head), out / "draft", provenance)
+        save_head(trained, out / "draft", provenance)
         print(f"draft head: {out / 'draft'}", file=sys.stderr)

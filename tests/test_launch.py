@@ -1,0 +1,124 @@
+"""However many processes train, however gradients are added up: the same losses and the same weights."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from launched import main
+
+HERE = Path(__file__).parent
+ADAMW = {"optimizer": "adamw"}
+
+
+def launch(out, settings, *options, stop=0, launcher="torch.distributed.run", **environment):
+    """Run tests/launched.py under a launcher."""
+    command = [sys.executable, "-m", launcher, *map(str, options), str(HERE / "launched.py")]
+    done = subprocess.run(
+        [*command, str(out), json.dumps(settings), str(stop)],
+        env={
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": f"{HERE}:{os.environ.get('PYTHONPATH', '')}",
+            **environment,
+        },
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def cpus(count):
+    return ("--nproc_per_node", count, "--master_port", port())
+
+
+def outcome(folder):
+    said = json.loads((folder / "said.json").read_text())
+    return said, torch.load(folder / "weights.pt")
+
+
+def assert_same(folder, reference, processes, begun=0, loose=1):
+    said, weights = outcome(folder)
+    expected, wanted = outcome(reference)
+    assert (said["processes"], said["begun"]) == (processes, begun)
+    assert said["losses"] == pytest.approx(expected["losses"][begun:], rel=1e-4 * loose)
+    for name, weight in wanted.items():
+        torch.testing.assert_close(weights[name], weight, rtol=1e-3, atol=2e-5 * loose)
+
+
+@pytest.fixture(scope="module", params=["adamw"])
+def alone(request, tmp_path_factory):
+    """One process that takes four micro-batches a step."""
+    folder = tmp_path_factory.mktemp(request.param)
+    main(str(folder), json.dumps({"optimizer": request.param, "accumulation": 4}))
+    return folder
+
+
+def test_two_processes_do_what_one_does(alone, tmp_path):
+    launch(tmp_path, {**ADAMW, "accumulation": 2}, *cpus(2))
+    assert_same(tmp_path, alone, 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("alone", ["muon"], indirect=True)
+def test_two_processes_do_what_one_does_with_muon(alone, tmp_path):
+    launch(tmp_path, {"optimizer": "muon", "accumulation": 2}, *cpus(2))
+    assert_same(
+        tmp_path, alone, 2, loose=50
+    )  # torch's Muon turns a matrix round in bf16, which the order of sums moves
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_another_number_of_processes(alone, tmp_path):
+    main(str(tmp_path), json.dumps({**ADAMW, "accumulation": 4}), "3")
+    launch(tmp_path, {**ADAMW, "accumulation": 2}, *cpus(2))
+    assert_same(tmp_path, alone, 2, begun=3)
+
+
+def test_sharded_over_two_processes_it_is_the_same_and_goes_on(alone, tmp_path):
+    launch(tmp_path, {**ADAMW, "accumulation": 2, "shard": True}, *cpus(2), stop=3)
+    launch(tmp_path, {**ADAMW, "accumulation": 2, "shard": True}, *cpus(2))
+    assert_same(tmp_path, alone, 2, begun=3)
+
+
+@pytest.mark.slow
+def test_two_nodes_do_what_one_process_does(alone, tmp_path):
+    options = ("--nnodes", 2, "--nproc_per_node", 1, "--master_addr", "127.0.0.1", "--master_port", port())
+    command = [sys.executable, "-m", "torch.distributed.run", *map(str, options), "--node_rank"]
+    rest = [str(HERE / "launched.py"), str(tmp_path), json.dumps({**ADAMW, "accumulation": 2})]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    nodes = [subprocess.Popen([*command, str(rank), *rest], env=environment) for rank in (0, 1)]
+    assert [node.wait(300) for node in nodes] == [0, 0]
+    assert_same(tmp_path, alone, 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_deepspeed_over_two_processes_is_the_same(alone, stage, tmp_path):
+    pytest.importorskip("deepspeed")
+    config = {"zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0}}
+    file = tmp_path / "zero.json"
+    file.write_text(json.dumps({**config, "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 2}))
+    zero = ("--use_deepspeed", "--deepspeed_config_file", file, "--num_processes", 2, "--num_machines", 1)
+    zero = (*zero, "--main_process_port", port(), "--deepspeed_multinode_launcher", "standard")
+    for stop in (3, 0):
+        launch(
+            tmp_path,
+            {**ADAMW, "accumulation": 2},
+            *zero,
+            stop=stop,
+            launcher="accelerate.commands.launch",
+            DS_ACCELERATOR="cpu",
+        )
+    assert_same(tmp_path, alone, 2, begun=3)

@@ -1,0 +1,205 @@
+"""One loop on one process or many: gradients added up, sharded by FSDP2 (`train.shard`), or handed to DeepSpeed.
+
+accelerate launch --config_file configs/launch/cpu2.yaml -m slipstream.cli train --config recipe.yaml --out runs/mine
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate.utils import DistributedType
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+from slipstream.configs.errors import SlipstreamError
+from slipstream.configs.files import write_through
+from slipstream.train.optimizer import make_optimizers
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from slipstream.configs.recipe import TrainSettings
+
+
+def start(settings: TrainSettings, folder: Path) -> Accelerator:
+    """Join the other processes of this launch, if there are any; trackers write into `folder`.
+
+    Raises:
+        SlipstreamError: If accelerate was asked for its own FSDP plugin, which does not run on CPUs.
+    """
+    # On CPUs accelerate counts the processes of a launch only if it is told of the CPU, or, for DeepSpeed, of gloo.
+    on_cpu = not torch.accelerator.is_available()
+    deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
+    accelerator = Accelerator(
+        cpu=on_cpu and not deepspeed,
+        log_with=list(settings.trackers) or None,
+        project_dir=str(folder),
+        kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")] if on_cpu and deepspeed else None,
+    )
+    if accelerator.num_processes != int(os.environ.get("WORLD_SIZE", "1")):
+        raise SlipstreamError(
+            f"{os.environ['WORLD_SIZE']} processes were launched, but accelerate sees {accelerator.num_processes}"
+        )
+    if accelerator.distributed_type == DistributedType.FSDP:
+        raise SlipstreamError(
+            "launch without accelerate's FSDP plugin and set train.shard: it is FSDP2, on CPUs as well"
+        )
+    return accelerator
+
+
+class Launch:
+    """A module and its optimizers on all processes.
+
+    The loss given to `backward` is this process's part of a sum: gradients are summed over the processes, never averaged.
+
+    Attributes:
+        module: What to call; wrapped where the launch needs it.
+    """
+
+    def __init__(self, accelerator: Accelerator, module: nn.Module, settings: TrainSettings) -> None:
+        self.accelerator = accelerator
+        self.settings = settings
+        self.deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
+        if (self.deepspeed or settings.shard) and settings.optimizer == "muon":
+            raise SlipstreamError("muon needs whole matrices, and this launch shards them: set train.optimizer adamw")
+        module = module.to(accelerator.device)
+        if settings.shard and not self.deepspeed:
+            if accelerator.num_processes < 2:
+                raise SlipstreamError("train.shard needs several processes: accelerate launch --num_processes 2 ...")
+            mesh = torch.distributed.init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
+            fully_shard(module, mesh=mesh)
+        self.optimizers = make_optimizers(module, settings)
+        self.module: Any = module
+        if self.deepspeed:
+            config = accelerator.state.deepspeed_plugin.deepspeed_config
+            config["gradient_clipping"] = settings.clip
+            config["gradient_accumulation_steps"] = settings.accumulation
+            config["train_micro_batch_size_per_gpu"] = 1
+            config["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = (
+                True  # whole, in the type they have
+            )
+            self.module, *self.optimizers = accelerator.prepare(module, *self.optimizers)
+
+    @property
+    def processes(self) -> int:
+        """How many there are."""
+        return self.accelerator.num_processes
+
+    @property
+    def main(self) -> bool:
+        """Whether this is the one that writes files."""
+        return self.accelerator.is_main_process
+
+    def sum(self, x: Tensor) -> Tensor:
+        """The sum of a tensor over the processes."""
+        return self.accelerator.reduce(x.to(self.accelerator.device), "sum")
+
+    def agree(self, yes: bool) -> bool:
+        """What the main process says, on all of them."""
+        return bool(self.sum(torch.tensor(float(yes and self.main)))) if self.processes > 1 else yes
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        """Add a micro-batch's gradients; `last` is the last one before `step`."""
+        if self.deepspeed:  # it takes means over processes and micro-batches
+            self.module.set_gradient_accumulation_boundary(is_boundary=last)
+            self.module.backward(loss * self.processes * self.settings.accumulation)
+        elif self.settings.shard:  # a mean over processes
+            (loss * self.processes).backward()
+        else:
+            loss.backward()
+
+    def step(self, rate: float) -> float:
+        """Clip, step, forget the gradients; returns their norm before clipping."""
+        for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
+            group["lr"] = rate
+        if self.deepspeed:
+            self.module.step()
+            return float(self.module.get_global_grad_norm())
+        parameters = [p for p in self.module.parameters() if p.grad is not None]
+        if self.processes > 1 and not self.settings.shard:
+            for parameter in parameters:
+                parameter.grad = self.sum(parameter.grad)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, self.settings.clip)
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+
+    def save(self, place: Path, progress: dict[str, Any]) -> None:
+        """Replace the checkpoint; a kill leaves the old one or the new one.
+
+        It is a file, `place`.pt, of whole tensors, which any number of processes can go on from; under DeepSpeed a folder,
+        which only as many as wrote it can.
+        """
+        progress = {**progress, "processes": self.processes}
+        if self.deepspeed:
+            tag = f"step-{progress['step']}"
+            self.module.save_checkpoint(str(place), tag=tag, client_state=progress)
+            self.accelerator.wait_for_everyone()
+            if self.main:
+                for old in place.glob("step-*"):
+                    if old.name != tag:
+                        shutil.rmtree(old)
+            return
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        module, optimizers = get_state_dict(self.module, self.optimizers, options=options)
+        if self.main:
+            state = {"module": module, "optimizers": optimizers, "progress": progress}
+            with write_through(place.with_suffix(".pt")) as file:
+                torch.save(state, file)
+        self.accelerator.wait_for_everyone()
+
+    def load(self, place: Path) -> dict[str, Any] | None:
+        """Go on from the checkpoint; returns what `save` was told, None where there is no checkpoint.
+
+        Raises:
+            SlipstreamError: If it was written by another kind of launch.
+        """
+        file = place.with_suffix(".pt")
+        if self.deepspeed:
+            if file.exists():
+                raise SlipstreamError(
+                    f"{file} was not written under DeepSpeed; go on without it, or give another --out"
+                )
+            if not (place / "latest").exists():
+                return None
+            tag = (place / "latest").read_text().strip()
+            wrote = len(list((place / tag).glob("*optim_states.pt")))
+            if wrote != self.processes:
+                raise SlipstreamError(
+                    f"{place} was written by {wrote} processes under DeepSpeed and goes on with as many"
+                )
+            _, progress = self.module.load_checkpoint(str(place))
+            return dict(progress)
+        if place.exists():
+            raise SlipstreamError(f"{place} was written under DeepSpeed; go on with it, or give another --out")
+        if not file.exists():
+            return None
+        state = torch.load(file, map_location="cpu", weights_only=True)
+        set_state_dict(
+            self.module,
+            self.optimizers,
+            model_state_dict=state["module"],
+            optim_state_dict=state["optimizers"],
+            options=StateDictOptions(full_state_dict=True),
+        )
+        return dict(state["progress"])
+
+    def weights(self) -> dict[str, Tensor]:
+        """All weights, whole and on the CPU, by their names in the module; empty on other processes than the main one."""
+        if self.deepspeed:
+            from deepspeed.runtime.zero import GatheredParameters
+
+            sharded = self.module.zero_optimization_partition_weights()
+            with GatheredParameters(list(self.module.parameters()), enabled=sharded):
+                whole = {name: x.detach().cpu().clone() for name, x in self.module.module.state_dict().items()}
+            return whole if self.main else {}
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        weights, _ = get_state_dict(self.module, [], options=options)
+        return cast("dict[str, Tensor]", weights)
