@@ -1,5 +1,6 @@
 """The training loop: it learns, it resumes bit for bit, and what it simulates is what decoding measures."""
 
+import copy
 from dataclasses import replace
 from functools import cache
 
