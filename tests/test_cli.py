@@ -169,6 +169,9 @@ def test_an_unknown_option_suggests_the_commands_own(slipstream, arguments, near
         (("--train.trackers", '["wandbb"]'), "wandbb"),
         (("--target.adapter", "absent/or/not"), "absent/or/not"),
         (("--data.conversations", "absent.jsonl"), "absent.jsonl"),
+        (("--data.conversations", '["absent.json", "absent.arrow"]'), "absent.json"),
+        (("--data.malformed", "1.5"), "data.malformed"),
+        (("--data.think", "true"), "enable_thinking"),
     ],
 )
 def test_a_value_that_cannot_be_is_named(slipstream, tmp_path, tiny_target_folder, arguments, named):
