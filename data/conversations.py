@@ -140,7 +140,7 @@ def _require_think(row: Any, think: bool | None, place: str) -> None:
 def _require_share(left_out: Sequence[str], rows: int, malformed: float) -> None:
     if len(left_out) > malformed * rows:
         raise SlipstreamError(
-            f"{len(left_out):,} of {rows:,} rows are malformed, more than data.malformed ({malformed:.0%}): "
+            f"{len(left_out):,} of {rows:,} rows are malformed, more than data.malformed ({malformed:g}): "
             f"{'; '.join(left_out[:_NAMED])}"
         )
 
@@ -160,7 +160,8 @@ def _kept(rows: Dataset, max_length: int, malformed: float) -> Dataset:
     for places, why in ((bad, "are malformed"), (empty, f"have no assistant turn within {max_length} tokens")):
         if places:
             named = "; ".join(places[:_NAMED]) + ("; ..." if len(places) > _NAMED else "")
-            console.print(f"{len(places):,} of {len(rows):,} rows {why} and are left out: {named}", soft_wrap=True)
+            note = f"{len(places):,} of {len(rows):,} rows {why} and are left out: {named}"
+            console.print(note, markup=False, soft_wrap=True)
     tokens = rows.select_columns(["input_ids", "mask"])
     if bad or empty:
         taught = pyarrow.compute.indices_nonzero(pyarrow.compute.invert(out))

@@ -44,7 +44,7 @@ def regenerate(
 ) -> None:
     """Let a server's model answer all turns of every prompt row, `parallel` rows at a time.
 
-    Prompts, temperatures, order and rows are those of `data.regenerate`; `think` goes to the server's chat template.
+    Prompts, temperatures and rows are those of `data.regenerate`; `think` goes to the server's chat template.
     Resumable to the row; rows stand in the file in the order in which they were finished. A thought that the server
     keeps apart from the answer becomes the message's `reasoning_content`, for the template to write. The key, where
     the server wants one, is `OPENAI_API_KEY`.
@@ -52,6 +52,8 @@ def regenerate(
     Raises:
         SlipstreamError: If the server cannot be reached, fails in spite of retries, or refuses too many prompts.
     """
+    if parallel < 1:
+        raise SlipstreamError(f"--parallel must be at least 1, not {parallel}")
     settings = {
         "target": model,
         "prompts": len(prompts),
@@ -61,8 +63,6 @@ def regenerate(
         "think": think,
         "server": True,
     }
-    if parallel < 1:
-        raise SlipstreamError(f"--parallel must be at least 1, not {parallel}")
     refused: list[str] = []
     with Journal(out, settings) as journal, progress("answers by the server", len(prompts), "rows") as advance:
         done = journal.units
@@ -101,9 +101,8 @@ def regenerate(
             hint = _HINTS.get(error.status_code, "")
             raise SlipstreamError(f"{url} answers {error.status_code}{hint}: {_told(error)}; {_AGAIN}") from error
     if refused:
-        console.print(
-            f"{len(refused):,} of {len(prompts):,} prompts were refused by the server, the first: {refused[0]}"
-        )
+        note = f"{len(refused):,} of {len(prompts):,} prompts were refused by the server, the first: {refused[0]}"
+        console.print(note, markup=False, soft_wrap=True)
 
 
 async def _converse(client: AsyncOpenAI, model: str, talk: Conversation, max_new_tokens: int, seed: str) -> None:

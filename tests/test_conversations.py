@@ -226,7 +226,7 @@ def test_more_malformed_rows_than_stated_are_an_error_that_names_the_first(tmp_p
     with pytest.raises(SlipstreamError) as caught:
         tokens_of(file, tiny_tokenizer)
     said = str(caught.value)
-    assert said.startswith("2 of 10 rows are malformed, more than data.malformed (5%): ")
+    assert said.startswith("2 of 10 rows are malformed, more than data.malformed (0.05): ")
     assert f"{file} row 9: not a JSON object" in said
     assert len(tokens_of(file, tiny_tokenizer, malformed=0.2)) == 8
     with pytest.raises(SlipstreamError, match="2 of 10 rows"):
@@ -242,11 +242,11 @@ def test_a_wrong_file_is_not_read_to_its_end(tmp_path, tiny_tokenizer):
 
 
 def test_what_the_template_refuses_is_a_malformed_row(tmp_path, tiny_tokenizer, capsys):
-    refusing = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role here') }}{% endif %}"
+    refusing = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role [/INST] here') }}{% endif %}"
     tokenizer = with_template(tiny_tokenizer, refusing + tiny_tokenizer.chat_template)
     system = {"messages": [{"role": "system", "content": "Hi"}, *TALK["messages"]]}
     assert len(answers(written(tmp_path / "talks.jsonl", system, TALK), tokenizer, malformed=0.5)) == 1
-    assert "row 1: the chat template refuses these messages: no system role here" in capsys.readouterr().err
+    assert "row 1: the chat template refuses these messages: no system role [/INST] here" in capsys.readouterr().err
 
 
 def test_tokens_are_made_anew_when_file_template_or_settings_change_and_only_then(tmp_path, tiny_tokenizer):
