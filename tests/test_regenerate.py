@@ -19,6 +19,7 @@ from conftest import save_llama
 from test_data import THINKING, assistant, user, with_template
 from transformers import LlamaForCausalLM
 
+from slipstream.cli import main
 from slipstream.configs.errors import SlipstreamError
 from slipstream.data import server as data_server
 from slipstream.data.regenerate import regenerate
@@ -309,18 +310,24 @@ def test_a_killed_run_loses_only_what_was_under_way_and_ends_with_the_same_rows(
     prompts, out = tmp_path / "prompts.jsonl", tmp_path / "talks.jsonl"
     rows = [{**PROMPTS[i % 7], "question_id": f"q-{i}"} for i in range(60)]
     prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    command = [sys.executable, "-m", "slipstream.cli", "regenerate", "--server", stub.url, "--target", "tiny"]
-    command += ["--prompts", str(prompts), "--out", str(out), "--temperatures", "[0.0, 0.7]", "--parallel", "4"]
+    code = (
+        "import sys; from pathlib import Path; from slipstream.commands.data import regenerate\n"
+        "url, prompts, out = sys.argv[1:]\n"
+        "regenerate(Path(prompts), Path(out), 'tiny', [0.0, 0.7], server=url, parallel=4)\n"
+    )
     stub.seconds = 0.02
-    with subprocess.Popen(command) as process:
+    with subprocess.Popen([sys.executable, "-c", code, stub.url, str(prompts), str(out)]) as process:
         while len(stub.asked) < 50:
+            assert process.poll() is None
             time.sleep(0.005)
         process.send_signal(signal.SIGKILL)
     assert process.returncode == -signal.SIGKILL
     kept = len(rows_of(out))
     assert 10 < kept < 60
     stub.asked.clear()
-    assert served(stub, out, rows, max_new_tokens=320) == [expected(row, i) for i, row in enumerate(rows)]
+    again = ["regenerate", "--server", stub.url, "--target", "tiny", "--temperatures", "[0.0, 0.7]", "--parallel", "8"]
+    assert main([*again, "--prompts", str(prompts), "--out", str(out)]) == 0
+    assert rows_of(out) == [expected(row, i) for i, row in enumerate(rows)]
     assert len([body for body in stub.asked if len(body["messages"]) == 1]) == 60 - kept
 
 
