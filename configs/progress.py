@@ -25,7 +25,7 @@ class _Rate(ProgressColumn):
 class Advance:
     """Call it with the amount of work done; `note` shows a few words behind the bar."""
 
-    def __init__(self, bar: Progress, total: float, label: str, unit: str) -> None:
+    def __init__(self, bar: Progress, total: float | None, label: str, unit: str) -> None:
         self._bar = bar
         self._task = bar.add_task(label, total=total, unit=unit, note="")
         self.started = time.monotonic()
@@ -37,8 +37,8 @@ class Advance:
 
 
 @contextlib.contextmanager
-def progress(label: str, total: float, unit: str) -> Iterator[Advance]:
-    """A progress bar over `total` units of work. Nothing is printed where stderr is not a terminal."""
+def progress(label: str, total: float | None, unit: str) -> Iterator[Advance]:
+    """A progress bar over `total` units of work (None: nobody knows). Nothing is printed where stderr is not a terminal."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),

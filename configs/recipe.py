@@ -36,19 +36,28 @@ class DataSettings:
     """What the head learns from.
 
     Attributes:
-        conversations: JSON, JSONL or Parquet of `messages`; None is the set that ships with the package.
+        conversations: A JSON, JSONL, Parquet or Arrow file, a folder of them, a data set of the hub (`owner/name`, with
+            `:split` if it is not `train`), or a list of these; None is the set that ships with the package.
+        stream: Read data sets of the hub over the network, without downloading them first.
+        malformed: Share of the rows that may be malformed; above it nothing is read.
+        think: Whether answers think before they speak, for templates with `enable_thinking`; as in `regenerate --think`.
         max_length: Longer conversations are cut, tokens.
         batch_tokens: Padded tokens per micro-batch and process.
         batches: Learn from this many micro-batches only, over and over; None takes all the data.
     """
 
-    conversations: str | None = None
+    conversations: tuple[str, ...] | str | None = None
+    stream: bool = False
+    malformed: float = 0.05
+    think: bool | None = None
     max_length: int = 512
     batch_tokens: int = 1024
     batches: int | None = None
 
     def __post_init__(self) -> None:
         _require(self, "data", ("max_length", "batch_tokens", "batches"))
+        if not 0 <= self.malformed <= 1:
+            raise SlipstreamError(f"data.malformed is a share of the rows, from 0 to 1, not {self.malformed}")
 
 
 @dataclass(frozen=True)

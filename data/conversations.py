@@ -1,91 +1,178 @@
-"""Conversations from files: read through `datasets`, checked, and turned into token ids with the assistant's mask."""
+"""Conversations as what a head learns from: token ids with the assistant's mask, in an Arrow file."""
 
 from __future__ import annotations
 
 import io
-from importlib.resources import files
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pyarrow.compute
 import pyarrow.parquet
-from datasets import Dataset, load_dataset
+from datasets import Dataset, Features, List, Value, load_dataset
 from datasets.exceptions import DatasetGenerationError
+from datasets.fingerprint import Hasher
 
 from slipstream.configs.errors import SlipstreamError
 from slipstream.configs.files import write_atomic
-from slipstream.data.template import render
+from slipstream.configs.progress import console, progress
+from slipstream.data.messages import normalize
+from slipstream.data.sources import read
+from slipstream.data.template import render, require_generation_prompt, thinking
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
     from transformers import PreTrainedTokenizerBase
 
-_READERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+    from slipstream.configs.recipe import DataSettings
+    from slipstream.data.sources import Source
+
+_FEATURES = Features(
+    {
+        "input_ids": List(Value("int32")),
+        "mask": List(Value("bool")),
+        "left_out": Value("string"),  # where the row lies and why nothing is learned from it; else empty
+        "malformed": Value("bool"),
+    }
+)
+_EARLY = 1000  # rows before which a share of malformed ones says little
+_NAMED = 3  # rows a message names
 
 
-def shipped() -> Path:
-    """The conversations that come with the package: the embedded target's own answers."""
-    return Path(str(files("slipstream.data") / "conversations.parquet"))
-
-
-def read(path: str | Path | None = None) -> Dataset:
-    """Conversations from a JSON, JSONL or Parquet file, one `messages` list a row; None reads the shipped ones.
-
-    Raises:
-        SlipstreamError: If the file is missing, of another kind, or holds no conversations.
-    """
-    file = shipped() if path is None else Path(path).expanduser()
-    if not file.is_file():
-        raise SlipstreamError(f"conversations {str(file)!r} do not exist")
-    if file.suffix not in _READERS:
-        raise SlipstreamError(f"{file} must end in one of {', '.join(_READERS)}")
-    if not file.stat().st_size:
-        raise SlipstreamError(f"{file} is empty")
-    try:
-        rows = load_dataset(_READERS[file.suffix], data_files=str(file), split="train")
-    except (DatasetGenerationError, ValueError) as error:  # pyarrow's errors are ValueErrors
-        raise SlipstreamError(f"{file} cannot be read: {str(error.__cause__ or error).splitlines()[0]}") from error
-    if "messages" not in rows.column_names:
-        raise SlipstreamError(f"{file} has no column 'messages', but {', '.join(rows.column_names)}")
-    return rows
-
-
-def _are_messages(value: Any) -> bool:
-    return isinstance(value, list) and all(
-        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in value
+def load(settings: DataSettings, tokenizer: PreTrainedTokenizerBase) -> Dataset:
+    """The token rows (see `tokenize`) of a recipe's conversations."""
+    return tokenize(
+        read(settings.conversations, stream=settings.stream),
+        tokenizer,
+        settings.max_length,
+        think=settings.think,
+        malformed=settings.malformed,
     )
 
 
-def tokenize(rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:
-    """Rows of `input_ids` and `mask` (1 on the assistant's tokens), cut at `max_length`; rows that teach nothing go.
+def tokenize(
+    sources: Sequence[Source],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    *,
+    think: bool | None = None,
+    malformed: float = 0.05,
+) -> Dataset:
+    """Rows of `input_ids` and `mask` (true on the assistant's tokens), cut at `max_length`; rows that teach nothing go.
 
-    An answer that was cut short (`finished` false) has no end-of-turn token of its own, and none is taught.
+    The sources are read once, row by row; the tokens go to an Arrow file in the cache of `datasets`, which is mapped
+    into memory, not loaded, and is found again as long as sources, tokenizer and settings stay what they are.
+
+    Args:
+        sources: What `read` opened.
+        tokenizer: With the target's chat template.
+        max_length: Longer conversations are cut, tokens.
+        think: Whether the template is told that the answers think; None tells it nothing.
+        malformed: Share of the rows that may be malformed; they are named, counted and left out.
 
     Raises:
-        SlipstreamError: If a row's messages are none, or no row has an assistant turn.
+        SlipstreamError: If a source cannot be read, more rows are malformed, rows were made with another `think`, the
+            template has no generation prompt or no switch for thinking, or no row has an assistant turn.
     """
+    options = thinking(tokenizer, think)
+    require_generation_prompt(tokenizer, **options)
 
-    def convert(row: dict[str, Any], number: int) -> dict[str, list[int]]:
-        if not _are_messages(row["messages"]):
-            raise SlipstreamError(f"conversation {number + 1}: 'messages' must be a list of {{role, content}} texts")
-        rendered = render(tokenizer, row["messages"])
-        mask = list(rendered.assistant_mask)
-        last = max((i for i, m in enumerate(mask) if m), default=None)
-        if row.get("finished") is False and last is not None and rendered.input_ids[last] in tokenizer.all_special_ids:
-            mask[last] = 0
-        return {"input_ids": rendered.input_ids[:max_length], "mask": mask[:max_length]}
+    def token_rows() -> Iterator[dict[str, Any]]:
+        left_out: list[str] = []
+        seen = 0
+        with progress("tokenize", None, "rows") as advance:
+            for source in sources:
+                for number, row in source.rows():
+                    seen += 1
+                    place = f"{source.name} row {number}"
+                    _require_think(row, think, place)
+                    tokens = _token_row(row, place, tokenizer, max_length, options)
+                    if tokens["malformed"]:
+                        left_out.append(tokens["left_out"])
+                    if seen >= _EARLY:
+                        _require_share(left_out, seen, malformed)
+                    yield tokens
+                    advance()
+        if not seen:
+            raise SlipstreamError(f"{', '.join(source.name for source in sources)}: no conversations")
 
-    tokens = rows.map(convert, with_indices=True, remove_columns=rows.column_names, desc="tokenize")
-    tokens = tokens.filter(lambda row: sum(row["mask"]) > 1, desc="filter")
-    if not len(tokens):
+    code = [(Path(__file__).parent / name).read_text() for name in ("conversations.py", "messages.py", "template.py")]
+    made_of = [tokenizer, max_length, think, [source.identity for source in sources], code]
+    try:
+        rows = Dataset.from_generator(token_rows, features=_FEATURES, fingerprint=Hasher.hash(made_of))
+    except DatasetGenerationError as error:  # hides what the generator raised
+        raise error.__cause__ or error from None
+    return _kept(rows, max_length, malformed).with_format("numpy")
+
+
+def _token_row(
+    row: Any, place: str, tokenizer: PreTrainedTokenizerBase, max_length: int, options: dict[str, bool]
+) -> dict[str, Any]:
+    """One row of `_FEATURES`; an answer that was cut short (`finished` false) has no end-of-turn token to teach."""
+    try:
+        rendered = render(tokenizer, normalize(row), **options)
+    except SlipstreamError as error:
+        return {"input_ids": [], "mask": [], "left_out": f"{place}: {error}", "malformed": True}
+    mask = list(rendered.assistant_mask)
+    last = max((i for i, m in enumerate(mask) if m), default=None)
+    if row.get("finished") is False and last is not None and rendered.input_ids[last] in tokenizer.all_special_ids:
+        mask[last] = 0
+    if sum(mask[:max_length]) < 2:
+        return {"input_ids": [], "mask": [], "left_out": place, "malformed": False}
+    return {
+        "input_ids": rendered.input_ids[:max_length],
+        "mask": mask[:max_length],
+        "left_out": "",
+        "malformed": False,
+    }
+
+
+def _require_think(row: Any, think: bool | None, place: str) -> None:
+    """Answers say how they were made; those of other people's data sets say nothing."""
+    if isinstance(row, dict) and row.get("think", think) != think:
         raise SlipstreamError(
-            "no conversation has an assistant turn within max_length; nothing can be learned from them"
+            f"{place}: this answer was made with think {json.dumps(row['think'])}, but data.think is "
+            f"{json.dumps(think)}; they must be the same"
         )
-    return tokens.with_format("numpy")
+
+
+def _require_share(left_out: Sequence[str], rows: int, malformed: float) -> None:
+    if len(left_out) > malformed * rows:
+        raise SlipstreamError(
+            f"{len(left_out):,} of {rows:,} rows are malformed, more than data.malformed ({malformed:g}): "
+            f"{'; '.join(left_out[:_NAMED])}"
+        )
+
+
+def _kept(rows: Dataset, max_length: int, malformed: float) -> Dataset:
+    """The rows that teach something; says which others there were."""
+    table = rows.data.table
+    out = pyarrow.compute.not_equal(table["left_out"], "")
+    bad = table["left_out"].filter(table["malformed"]).to_pylist()
+    empty = table["left_out"].filter(pyarrow.compute.and_not(out, table["malformed"])).to_pylist()
+    _require_share(bad, len(rows), malformed)
+    if len(bad) + len(empty) == len(rows):
+        raise SlipstreamError(
+            f"no conversation has an assistant turn within {max_length} tokens (data.max_length); "
+            "nothing can be learned from them"
+        )
+    for places, why in ((bad, "are malformed"), (empty, f"have no assistant turn within {max_length} tokens")):
+        if places:
+            named = "; ".join(places[:_NAMED]) + ("; ..." if len(places) > _NAMED else "")
+            note = f"{len(places):,} of {len(rows):,} rows {why} and are left out: {named}"
+            console.print(note, markup=False, soft_wrap=True)
+    tokens = rows.select_columns(["input_ids", "mask"])
+    if bad or empty:
+        taught = pyarrow.compute.indices_nonzero(pyarrow.compute.invert(out))
+        tokens = tokens.select(taught.cast("int64").to_numpy())
+    return tokens
 
 
 def pack(journal: Path, out: Path) -> None:
     """A journal of conversations as a small Parquet file (zstd), without the journal's own columns."""
-    rows = read(journal)
-    keep = ("id", "category", "messages", "temperature", "finished", "tokens")
+    rows = load_dataset("json", data_files=str(journal), split="train")
+    keep = ("id", "category", "messages", "temperature", "think", "finished", "tokens")
     table = rows.select_columns([name for name in keep if name in rows.column_names]).with_format("arrow")[:]
     buffer = io.BytesIO()
     pyarrow.parquet.write_table(table, buffer, compression="zstd", compression_level=19)

@@ -57,6 +57,40 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, messages: list[Message], *
     return encode(tokenizer, render_text(tokenizer, messages, prompt=True, **options))
 
 
+def thinking(tokenizer: PreTrainedTokenizerBase, think: bool | None) -> dict[str, bool]:
+    """The template's option that lets answers think, or not; None leaves it to the template.
+
+    Raises:
+        SlipstreamError: If the template has no such option.
+    """
+    if think is None:
+        return {}
+    asked = [{"role": "user", "content": _PROBE}]
+    if render_text(tokenizer, asked, prompt=True, enable_thinking=True) == render_text(
+        tokenizer, asked, prompt=True, enable_thinking=False
+    ):
+        raise SlipstreamError("the chat template has no option enable_thinking; leave think unset")
+    return {"enable_thinking": think}
+
+
+def require_generation_prompt(tokenizer: PreTrainedTokenizerBase, **options: Any) -> None:
+    """Make sure that a prompt ends where the assistant's text begins.
+
+    Templates need no generation prompt where the user's closing is the assistant's opening (`[/INST]`).
+
+    Raises:
+        SlipstreamError: If the template writes something between the two.
+    """
+    asked = [{"role": "user", "content": "Hi"}]
+    bare, prompt = (render_text(tokenizer, asked, prompt=asks, **options) for asks in (False, True))
+    answered = render_text(tokenizer, [*asked, {"role": "assistant", "content": _PROBE}], prompt=False, **options)
+    opening = answered.partition(_PROBE)[0].removeprefix(bare)
+    if prompt == bare and opening.strip():
+        raise SlipstreamError(
+            f"the chat template has no generation prompt: add_generation_prompt must write {opening!r} behind the messages"
+        )
+
+
 def user_turn(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
     """Token ids that open a user's first turn, and the ids that end it.
 
@@ -73,8 +107,9 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: list[Message], **option
     """Tokenize a conversation and mark the assistant's tokens, from the template alone.
 
     Each assistant message is replaced by a probe in turn; what surrounds the probe is the template's, what stands in
-    its place in the real rendering is the assistant's. The end-of-turn token counts as the assistant's where it is a
-    special token; text that a template puts behind it does not.
+    its place in the real rendering is the assistant's. So is what the template writes between the generation prompt
+    and the message (the opening of a thought). The end-of-turn token counts as the assistant's where it is a special
+    token; text that a template puts behind it does not.
 
     Worked example (ChatML): messages `[user "Hi", assistant "Yo"]` render to
     `<|im_start|>user\\nHi<|im_end|>\\n<|im_start|>assistant\\n` + `Yo<|im_end|>` + `\\n`; the mask is 1 on
@@ -98,6 +133,9 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: list[Message], **option
         if not found:
             raise SlipstreamError(f"the chat template drops the assistant's message {i}; its tokens cannot be found")
         start = max(done, len(commonprefix([before, whole])))  # noqa: RUF071 (characters are meant)
+        if i and messages[i - 1]["role"] == "user":
+            opened = render_text(tokenizer, messages[:i], prompt=True, **options)
+            start = len(opened) if whole.startswith(opened) else start
         end = len(whole) - len(commonprefix([after[::-1], whole[::-1]]))  # noqa: RUF071
         outside, inside = encode(tokenizer, whole[done:start]), encode(tokenizer, whole[start:end])
         closing = encode(tokenizer, whole[end:])[:1]

@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from slipstream.configs.progress import console
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
@@ -19,7 +21,8 @@ def draft_vocabulary(tokens: Dataset, size: int, vocab_size: int, always: Iterab
 
     Args:
         tokens: Rows of `input_ids` and `mask`.
-        size: At most `vocab_size`. Where fewer distinct tokens occur, the lowest unused ids fill the rest.
+        size: At most `vocab_size`. Where fewer distinct tokens occur, the lowest unused ids fill the rest, and a note
+            says so.
         vocab_size: V.
         always: Tokens that must be in (end of sequence).
     """
@@ -27,8 +30,14 @@ def draft_vocabulary(tokens: Dataset, size: int, vocab_size: int, always: Iterab
     for row in tokens:
         np.add.at(counts, row["input_ids"][row["mask"].astype(bool)], 1)
     counts[list(always)] = counts.sum() + 1
+    size, distinct = min(size, vocab_size), int(np.count_nonzero(counts))
+    if distinct < size:
+        console.print(
+            f"the answers hold {distinct:,} distinct tokens, fewer than the draft vocabulary ({size:,}); "
+            "it is filled up with the lowest other ids"
+        )
     ranked = np.argsort(-counts, kind="stable")  # ties, and all unused tokens, by ascending id
-    return torch.from_numpy(np.sort(ranked[: min(size, vocab_size)]))
+    return torch.from_numpy(np.sort(ranked[:size]))
 
 
 def coverage(tokens: Dataset, vocabulary: Sequence[int] | Tensor, vocab_size: int) -> float:

@@ -15,7 +15,6 @@ import pytest
 import torch
 import yaml
 from conftest import save_llama
-from datasets import config as datasets_config
 from test_report import row
 from transformers import BertConfig, BertForMaskedLM, LlamaConfig, LlamaModel, ViTConfig, ViTModel
 
@@ -27,6 +26,8 @@ from slipstream.distill.target import load_target
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
+
+pytestmark = pytest.mark.usefixtures("datasets_cache")
 
 
 @dataclass(frozen=True)
@@ -55,14 +56,6 @@ def slipstream(capsys) -> Callable[..., Ended]:
         return Ended(status, *capsys.readouterr())
 
     return run
-
-
-@pytest.fixture(autouse=True, scope="module")
-def datasets_cache(tmp_path_factory):
-    """The user's own cache of data sets stays as it was."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(datasets_config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets"))
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -176,6 +169,9 @@ def test_an_unknown_option_suggests_the_commands_own(slipstream, arguments, near
         (("--train.trackers", '["wandbb"]'), "wandbb"),
         (("--target.adapter", "absent/or/not"), "absent/or/not"),
         (("--data.conversations", "absent.jsonl"), "absent.jsonl"),
+        (("--data.conversations", '["absent.json", "absent.arrow"]'), "absent.json"),
+        (("--data.malformed", "1.5"), "data.malformed"),
+        (("--data.think", "true"), "enable_thinking"),
     ],
 )
 def test_a_value_that_cannot_be_is_named(slipstream, tmp_path, tiny_target_folder, arguments, named):

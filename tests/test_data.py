@@ -3,28 +3,23 @@
 from __future__ import annotations
 
 import copy
-import json
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from conftest import CHATML
 from datasets import Dataset
-from datasets import config as datasets_config
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from slipstream.configs.errors import SlipstreamError
 from slipstream.data.batches import Batches
-from slipstream.data.conversations import pack, read, tokenize
-from slipstream.data.journal import Journal
 from slipstream.data.synthesize import topic_prompts
-from slipstream.data.template import encode_prompt, render, user_turn
+from slipstream.data.template import encode_prompt, render, require_generation_prompt, thinking, user_turn
 from slipstream.data.vocabulary import coverage, draft_vocabulary
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from transformers import PreTrainedTokenizerFast
 
 THINK_STRIPPED = """\
@@ -38,16 +33,28 @@ TEXT_BEHIND_THE_END = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|> hello {{ m.role }}\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-NO_SPECIAL_END = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+NO_GENERATION_PROMPT = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+NO_SPECIAL_END = NO_GENERATION_PROMPT + "{% if add_generation_prompt %}assistant: {% endif %}"
+CLOSED_BY_THE_USER = (
+    "{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]{% else %} {{ m.content }}<|im_end|>"
+    "{% endif %}{% endfor %}"
+)
+THINKING = """\
+{%- for m in messages %}<|im_start|>{{ m.role }}
+{% set thought = m.reasoning_content or m.content.split('</think>')[0].split('<think>')[-1].strip('\n') \
+if m.reasoning_content or '</think>' in m.content else '' -%}
+{% if m.role == 'assistant' and loop.last %}<think>
+{{ thought }}
+</think>
+
+{% endif %}{{ m.content.split('</think>')[-1].lstrip('\n') }}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% if enable_thinking is defined and not enable_thinking %}<think>
+
+</think>
+
+{% endif %}{% endif %}"""
 USERS_ONLY = "{% for m in messages if m.role == 'user' %}<|im_start|>user\n{{ m.content }}<|im_end|>\n{% endfor %}"
-
-
-@pytest.fixture(autouse=True, scope="module")
-def datasets_cache(tmp_path_factory: pytest.TempPathFactory):
-    """The user's own cache of data sets stays as it was."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(datasets_config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets"))
-        yield
 
 
 def user(text: str) -> dict[str, str]:
@@ -86,11 +93,6 @@ def rows_of(*lengths: int, masked: int = 1) -> Dataset:
     return Dataset.from_list(rows).with_format("numpy")
 
 
-def written(path: Path, *rows: Any) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
 # --- chat template ---
 
 
@@ -117,6 +119,46 @@ def test_thoughts_that_the_template_strips_are_not_taught(tiny_tokenizer):
     first, last = assistant("<think>hm</think>\n\nYo"), assistant("<think>ha</think>\n\nHi")
     messages = [user("Hi"), first, user("Yo"), last]
     assert taught_by(tokenizer, messages) == ["Yo<|im_end|>", "<think>ha</think>\n\nHi<|im_end|>"]
+
+
+def test_the_opening_of_a_thought_is_taught_where_the_assistant_writes_it(tiny_tokenizer):
+    tokenizer = with_template(tiny_tokenizer, THINKING)
+    thought = assistant("<think>\nha\n</think>\n\nYo")
+    spoken = {**assistant("Yo"), "reasoning_content": "ha"}
+    for answer in (thought, spoken):
+        assert taught_by(tokenizer, [user("Hi"), answer]) == ["<think>\nha\n</think>\n\nYo<|im_end|>"]
+    assert taught_by(tokenizer, [user("Hi"), thought, user("Yo"), spoken]) == [
+        "Yo<|im_end|>",
+        "<think>\nha\n</think>\n\nYo<|im_end|>",
+    ]
+
+
+def test_what_stands_in_the_prompt_in_place_of_a_thought_is_not_taught(tiny_tokenizer):
+    tokenizer = with_template(tiny_tokenizer, THINKING)
+    options = thinking(tokenizer, False)
+    assert options == {"enable_thinking": False}
+    rendered = render(tokenizer, [user("Hi"), assistant("Yo")], **options)
+    assert taught(tokenizer, rendered.input_ids, rendered.assistant_mask) == ["Yo<|im_end|>"]
+    prompt = encode_prompt(tokenizer, [user("Hi")], **options)
+    assert rendered.input_ids[: len(prompt)] == prompt
+    assert tokenizer.decode(prompt).endswith("<think>\n\n</think>\n\n")
+
+
+@pytest.mark.parametrize("think", [True, False])
+def test_thinking_needs_a_template_that_knows_of_it(tiny_tokenizer, think):
+    assert thinking(tiny_tokenizer, None) == {}
+    with pytest.raises(SlipstreamError, match="no option enable_thinking; leave think unset"):
+        thinking(tiny_tokenizer, think)
+
+
+@pytest.mark.parametrize("template", [CHATML, CLOSED_BY_THE_USER, THINK_STRIPPED, THINKING])
+def test_prompts_that_end_where_the_answer_begins_are_fine(tiny_tokenizer, template):
+    require_generation_prompt(with_template(tiny_tokenizer, template))
+
+
+def test_a_template_without_generation_prompt_is_an_error_that_says_what_it_must_write(tiny_tokenizer):
+    with pytest.raises(SlipstreamError, match="no generation prompt: add_generation_prompt must write 'assistant: '"):
+        require_generation_prompt(with_template(tiny_tokenizer, NO_GENERATION_PROMPT))
 
 
 def test_text_behind_the_end_of_turn_is_not_taught(tiny_tokenizer):
@@ -172,103 +214,6 @@ def test_user_turn_is_what_the_template_puts_around_a_question(tiny_tokenizer):
     assert tiny_tokenizer.decode(closing) == "<|im_end|>"
 
 
-# --- conversations ---
-
-
-def test_an_unfinished_answer_teaches_no_end_of_turn(tiny_tokenizer):
-    messages = [user("Hi"), assistant("Yo hello")]
-    rows = Dataset.from_list([{"messages": messages, "finished": end} for end in (True, False)])
-    whole, cut = tokenize(rows, tiny_tokenizer, max_length=64)
-    assert taught(tiny_tokenizer, whole["input_ids"], whole["mask"]) == ["Yo hello<|im_end|>"]
-    assert taught(tiny_tokenizer, cut["input_ids"], cut["mask"]) == ["Yo hello"]
-
-
-def test_only_the_last_of_several_answers_is_unfinished(tiny_tokenizer):
-    messages = [user("Hi"), assistant("Yo Hi"), user("Hi"), assistant("Yo hello")]
-    (row,) = tokenize(Dataset.from_list([{"messages": messages, "finished": False}]), tiny_tokenizer, max_length=64)
-    assert taught(tiny_tokenizer, row["input_ids"], row["mask"]) == ["Yo Hi<|im_end|>", "Yo hello"]
-
-
-def test_an_unfinished_answer_is_taught_whole_where_no_token_ends_turns(tiny_tokenizer):
-    tokenizer = with_template(tiny_tokenizer, NO_SPECIAL_END)
-    rows = Dataset.from_list([{"messages": [user("Hi"), assistant("Yo hello")], "finished": False}])
-    (row,) = tokenize(rows, tokenizer, max_length=64)
-    assert taught(tokenizer, row["input_ids"], row["mask"]) == ["Yo hello"]
-
-
-def test_tokenize_cuts_rows_and_drops_those_that_teach_nothing(tiny_tokenizer):
-    talks = [[user("Hi"), assistant("Yo hello")], [user("Hi")], [user("hello " * 20), assistant("Yo")]]
-    rows = Dataset.from_list([{"messages": talk, "finished": end} for talk in talks for end in (True, False)])
-    tokens = tokenize(rows, tiny_tokenizer, max_length=13)
-    assert [taught(tiny_tokenizer, r["input_ids"], r["mask"]) for r in tokens] == [["Yo hello<|im_end|>"], ["Yo hello"]]
-    assert all(len(row["input_ids"]) == len(row["mask"]) == 13 for row in tokens)
-
-
-def test_tokenize_without_any_answer_is_an_error(tiny_tokenizer):
-    with pytest.raises(SlipstreamError, match="no conversation has an assistant turn"):
-        tokenize(Dataset.from_list([{"messages": [user("Hi")]}]), tiny_tokenizer, max_length=64)
-
-
-@pytest.mark.parametrize("messages", ["Hi", ["Hi"], [{"from": "human", "value": "Hi"}], [{"role": "assistant"}]])
-def test_rows_that_hold_no_messages_are_an_error(tmp_path, tiny_tokenizer, messages):
-    with pytest.raises(SlipstreamError, match="conversation 1: 'messages' must be"):
-        tokenize(read(written(tmp_path / "talks.jsonl", {"messages": messages})), tiny_tokenizer, max_length=64)
-
-
-@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".parquet"])
-def test_every_kind_of_file_reads_the_same(tmp_path, suffix):
-    rows = [{"messages": [user("Hi"), assistant("Yo\u2028\u0085 ö")], "finished": True}]
-    file = tmp_path / f"talks{suffix}"
-    if suffix == ".parquet":
-        Dataset.from_list(rows).to_parquet(file)
-    elif suffix == ".json":
-        file.write_text(json.dumps(rows, ensure_ascii=False))
-    else:
-        file.write_text(json.dumps(rows[0], ensure_ascii=False) + "\n")
-    assert read(file).to_list() == rows
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("absent.jsonl", None, "do not exist"),
-        ("talks.txt", "Hi", "must end in one of .json, .jsonl, .parquet"),
-        ("talks.jsonl", '{"text": "Hi"}\n', "has no column 'messages', but text"),
-        ("broken.jsonl", '{"messages": [\n', "cannot be read"),
-        ("broken.parquet", "PAR1", "cannot be read"),
-        ("empty.jsonl", "", "is empty"),
-    ],
-)
-def test_a_file_that_cannot_be_read_is_an_error_that_names_it(tmp_path, name, content, message):
-    file = tmp_path / name
-    if content is not None:
-        file.write_text(content)
-    with pytest.raises(SlipstreamError) as caught:
-        read(file)
-    assert str(file) in str(caught.value)
-    assert message in str(caught.value)
-    assert "\n" not in str(caught.value)
-
-
-def test_packed_conversations_read_back_equal_without_the_journals_column(tmp_path):
-    rows = [
-        {
-            "id": f"q-{i}",
-            "category": "chat",
-            "messages": [user(f"Hi {i}"), assistant("Yo\u2028 ö\n")],
-            "temperature": 0.7,
-            "finished": i > 0,
-            "tokens": i,
-        }
-        for i in range(5)
-    ]
-    with Journal(tmp_path / "talks.jsonl", {}) as journal:
-        journal.append(0, rows[:2])
-        journal.append(1, rows[2:])
-    pack(tmp_path / "talks.jsonl", tmp_path / "talks.parquet")
-    assert read(tmp_path / "talks.parquet").to_list() == rows
-
-
 # --- draft vocabulary ---
 
 
@@ -288,8 +233,11 @@ def test_tokens_that_must_be_in_push_out_the_rarest():
     assert draft_vocabulary(tokens, 2, vocab_size=10, always=[8]).tolist() == [7, 8]
 
 
-def test_where_few_tokens_occur_the_lowest_unused_ids_fill_the_vocabulary():
+def test_where_few_tokens_occur_the_lowest_unused_ids_fill_the_vocabulary_and_a_note_says_so(capsys):
+    assert draft_vocabulary(tokens_of(7, 3), 2, vocab_size=10).tolist() == [3, 7]
+    assert capsys.readouterr().err == ""
     assert draft_vocabulary(tokens_of(7, 3), 5, vocab_size=10).tolist() == [0, 1, 2, 3, 7]
+    assert "2 distinct tokens, fewer than the draft vocabulary (5)" in capsys.readouterr().err
     assert draft_vocabulary(tokens_of(7, 3), 99, vocab_size=10).tolist() == list(range(10))
 
 

@@ -15,6 +15,7 @@ from slipstream.distill.target import cache_folder
 
 _PACKAGES = {
     "torch": "", "transformers": "", "accelerate": "", "datasets": "", "peft": "", "safetensors": "", "gguf": "",
+    "openai": "",
     "deepspeed": "pip install 'slipstream[deepspeed]'",
     "wandb": "pip install 'slipstream[wandb]'",
     "tensorboard": "pip install 'slipstream[wandb]'",

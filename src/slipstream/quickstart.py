@@ -16,7 +16,7 @@ from slipstream.configs.files import require_writable, write_atomic
 from slipstream.configs.progress import console
 from slipstream.configs.recipe import Recipe
 from slipstream.data.batches import Batches
-from slipstream.data.conversations import read, tokenize
+from slipstream.data.conversations import load
 from slipstream.data.regenerate import regenerate
 from slipstream.data.synthesize import self_prompts, topic_prompts
 from slipstream.data.template import encode_prompt
@@ -109,7 +109,7 @@ class Quickstart:
         if (self.out / "draft" / "model.safetensors").is_file():
             return
         recipe = replace(self.recipe, data=replace(self.recipe.data, conversations=self.conversations(target)))
-        tokens = tokenize(read(recipe.data.conversations), target.chat_tokenizer, recipe.data.max_length)
+        tokens = load(recipe.data, target.chat_tokenizer)
         vocabulary = draft_vocabulary(tokens, recipe.head.draft_vocab_size, target.vocab_size, target.stop_ids())
         share = coverage(tokens, vocabulary, target.vocab_size)
         console.print(f"{len(tokens):,} conversations; the draft vocabulary covers {share:.1%} of the target's tokens")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 
 def synthesize(
@@ -40,40 +41,50 @@ def regenerate(
     temperatures: list[float] = [0.0, 0.7, 1.0],  # noqa: B006 (jsonargparse copies defaults)
     max_new_tokens: int = 320,
     max_response_tokens: int | None = None,
-    batch_size: int = 160,
+    think: bool | None = None,
     seed: int = 1,
+    batch_size: int = 160,
+    server: str | None = None,
+    parallel: int = 32,
 ) -> None:
-    """Let the target answer prompts; resumable to the batch.
+    """Let the target answer prompts, in this process (resumable to the batch) or behind a server (to the row).
 
     Args:
-        prompts: JSONL file of Spec-Bench rows.
+        prompts: JSONL file of Spec-Bench rows; all their turns are answered.
         out: JSONL file of conversations, or a Parquet file, which is written from the JSONL beside it at the end.
-        target: Who answers.
+        target: Who answers; with a server, the model's name there.
         temperatures: Dealt out to the prompts in turn; 0 is greedy.
         max_new_tokens: Per answer.
-        max_response_tokens: Begin no batch once this many are there.
-        batch_size: Prompts answered at once.
+        max_response_tokens: Begin no batch (no row) once this many are there.
+        think: Whether answers think before they speak, for templates with `enable_thinking`; train with the same.
         seed: Of the draws and of the order.
+        batch_size: Prompts answered at once in this process.
+        server: Of an OpenAI-compatible server, the address that ends in /v1; its key is $OPENAI_API_KEY.
+        parallel: Prompts answered at once by the server.
     """
     from slipstream.data.conversations import pack
-    from slipstream.data.regenerate import regenerate as answer_all
     from slipstream.decode.evaluate import read_prompts
-    from slipstream.distill.target import load_target
 
     journal = out.with_suffix(".jsonl")
     rows = read_prompts(prompts)
-    loaded = load_target(target)
-    answer_all(
-        loaded.model,
-        loaded.chat_tokenizer,
-        rows,
-        stop_ids=loaded.stop_ids(),
-        temperatures=temperatures,
-        max_new_tokens=max_new_tokens,
-        max_response_tokens=max_response_tokens,
-        batch_size=batch_size,
-        seed=seed,
-        out=journal,
-    )
+    settings: dict[str, Any] = {
+        "temperatures": temperatures,
+        "max_new_tokens": max_new_tokens,
+        "max_response_tokens": max_response_tokens,
+        "think": think,
+        "seed": seed,
+        "out": journal,
+    }
+    if server is not None:
+        from slipstream.data.server import regenerate as answer_by_server
+
+        answer_by_server(server, target, rows, parallel=parallel, **settings)
+    else:
+        from slipstream.data.regenerate import regenerate as answer
+        from slipstream.distill.target import load_target
+
+        loaded = load_target(target)
+        stop_ids = loaded.stop_ids()
+        answer(loaded.model, loaded.chat_tokenizer, rows, stop_ids=stop_ids, batch_size=batch_size, **settings)
     if out.suffix == ".parquet":
         pack(journal, out)

@@ -15,7 +15,7 @@ def train(recipe: Recipe, out: Path) -> None:
     """Train a head by a recipe into OUT/draft; goes on where an interrupted run stopped."""
     from slipstream.configs.files import require_writable
     from slipstream.data.batches import Batches
-    from slipstream.data.conversations import read, tokenize
+    from slipstream.data.conversations import load
     from slipstream.data.vocabulary import draft_vocabulary
     from slipstream.distill.heads import new_head, save_head
     from slipstream.distill.target import load_target
@@ -32,7 +32,7 @@ def train(recipe: Recipe, out: Path) -> None:
     accelerator = start(recipe.train, out)
     with accelerator.main_process_first():  # what it converts and tokenizes, the others find in caches
         target = load_target(recipe.target.name, dtype=recipe.target.dtype, adapter=recipe.target.adapter)
-        tokens = tokenize(read(recipe.data.conversations), target.chat_tokenizer, recipe.data.max_length)
+        tokens = load(recipe.data, target.chat_tokenizer)
     vocabulary = draft_vocabulary(tokens, recipe.head.draft_vocab_size, target.vocab_size, target.stop_ids())
     head = new_head(target, vocabulary, recipe.head, seed=recipe.train.seed)
     target = target.reading(head.layer_ids)
