@@ -37,12 +37,15 @@ class DataSettings:
 
     Attributes:
         conversations: JSON, JSONL or Parquet of `messages`; None is the set that ships with the package.
+        features: A store that `slipstream capture` wrote: training reads its conversations and the target's states of
+            them there, and `conversations` is not read; None runs the target.
         max_length: Longer conversations are cut, tokens.
         batch_tokens: Padded tokens per micro-batch and process.
         batches: Learn from this many micro-batches only, over and over; None takes all the data.
     """
 
     conversations: str | None = None
+    features: str | None = None
     max_length: int = 512
     batch_tokens: int = 1024
     batches: int | None = None
@@ -167,3 +170,7 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.distill.keep_features and self.data.batches is None:
             raise SlipstreamError("distill.keep_features needs data.batches: the features of how many batches to keep")
+        if self.distill.keep_features and self.data.features is not None:
+            raise SlipstreamError(
+                "distill.keep_features keeps what the target gave; data.features has it on disk already"
+            )

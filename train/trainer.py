@@ -1,10 +1,11 @@
-"""One readable loop over accelerate: features online, unroll, step."""
+"""One readable loop over accelerate: features, unroll, step."""
 
 from __future__ import annotations
 
 import json
 import time
 from dataclasses import asdict
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +15,7 @@ from accelerate.utils import set_seed
 from slipstream.configs.errors import SlipstreamError
 from slipstream.configs.files import folder_atomic, write_atomic
 from slipstream.configs.progress import progress
+from slipstream.distill.features import Features, OnlineFeatures, StoredFeatures
 from slipstream.distill.objectives import weighted
 from slipstream.distill.unroll import Unrolled, unroll
 from slipstream.train.metrics import Metrics
@@ -25,7 +27,8 @@ if TYPE_CHECKING:
     from slipstream.configs.recipe import Recipe
     from slipstream.data.batches import Batches
     from slipstream.distill.draft import DraftHead
-    from slipstream.distill.target import Captured, Target
+    from slipstream.distill.store import Store
+    from slipstream.distill.target import Target
 
 
 class Trainer:
@@ -33,9 +36,25 @@ class Trainer:
 
     A run's state is its folder: `checkpoint/` (weights, optimizer, RNG; replaced atomically), `metrics.jsonl` (one row
     every `log_every` steps) and `recipe.json`, which must not change under it.
+
+    Args:
+        recipe: All settings.
+        target: The target.
+        head: The head, as it begins.
+        batches: Of the conversations.
+        folder: Of the run.
+        store: Where the states of these conversations are read; None runs the target.
     """
 
-    def __init__(self, recipe: Recipe, target: Target, head: DraftHead, batches: Batches, folder: Path) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        target: Target,
+        head: DraftHead,
+        batches: Batches,
+        folder: Path,
+        store: Store | None = None,
+    ) -> None:
         self.settings = recipe.train
         self.distill = recipe.distill
         self.objective = weighted(self.distill.objectives)
@@ -57,7 +76,12 @@ class Trainer:
         self.weights = torch.tensor(
             [self.distill.step_decay**k for k in range(self.distill.steps)], device=self.accelerator.device
         )
-        self.kept: dict[int, Captured] = {}
+        device = self.accelerator.device
+        self.features: Features = (
+            OnlineFeatures(target, batches, device, keep=self.distill.keep_features)
+            if store is None
+            else StoredFeatures(store, batches, device)
+        )
         self.step = 0
         self.seconds = 0.0
         self.rows: list[dict[str, Any]] = []
@@ -87,24 +111,16 @@ class Trainer:
             state = {"step": self.step, "seconds": self.seconds, "rows": self.rows}
             (temporary / "progress.json").write_text(json.dumps(state))
 
-    def _micro(self, index: int) -> Unrolled:
-        """Forward and backward of one micro-batch; gradients add up as sums, not means."""
-        batch = self.batches[index]
-        device = self.accelerator.device
-        ids = batch.input_ids.to(device)
+    def _micro(self, index: int, then: int) -> Unrolled:
+        """Forward and backward of one micro-batch, `then` being the next; gradients add up as sums, not means."""
+        batch, captured = self.features.of(index, then)
         steps = self._unrolled()
-        captured = None
-        if self.distill.keep_features and self.batches.limit is not None:
-            place = self.batches.which(index)
-            if place not in self.kept:
-                self.kept[place] = self.target.capture(ids)
-            captured = self.kept[place]
         with self.accelerator.autocast():
             out = unroll(
                 self.head,
                 self.target,
-                ids,
-                batch.mask.to(device),
+                batch.input_ids,
+                batch.mask,
                 steps=steps,
                 objective=self.objective,
                 noise=self.distill.noise,
@@ -126,7 +142,8 @@ class Trainer:
         rate = learning_rate(self.step, self.total, settings)
         for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
             group["lr"] = rate
-        outs = [self._micro(first + i) for i in range(settings.accumulation)]
+        indices = [*range(first, first + settings.accumulation), first + micro]
+        outs = [self._micro(index, then) for index, then in pairwise(indices)]
         tokens = sum(self.batches[first + i].mask.numel() for i in range(settings.accumulation))
         rows = accelerator.reduce(torch.stack([out.rows for out in outs]).sum(0).float(), "sum")
         # Sums become the mean over all valid rows of all ranks and micro-batches, each step k at its weight.
