@@ -49,9 +49,7 @@ def bytes_per_token(target: Target, dtype: str) -> int:
     return layers * size + 5
 
 
-def plan_store(
-    target: Target, tokens: Dataset, max_length: int, dtype: str, shard_bytes: int = SHARD_BYTES
-) -> Manifest:
+def plan_store(target: Target, tokens: Dataset, max_length: int, dtype: str) -> Manifest:
     """The manifest of a store of these conversations, before anything is written.
 
     Args:
@@ -59,9 +57,8 @@ def plan_store(
         tokens: Rows of `input_ids` and `mask`.
         max_length: What they were cut at.
         dtype: `bfloat16` or `float8_e4m3fn`.
-        shard_bytes: Size of a shard, at most, unless one conversation alone is larger.
     """
-    limit = shard_bytes // bytes_per_token(target, dtype)
+    limit = SHARD_BYTES // bytes_per_token(target, dtype)
     parts, shards = cut([len(ids) for ids in tokens["input_ids"]], limit), []
     for number, rows in enumerate(parts):
         index = _index(tokens.select(rows))

@@ -49,15 +49,15 @@ class Origin:
     """What states come from; a head can be trained on them where all of it is the same.
 
     Attributes:
-        weights: Fingerprint of the target's weights, whatever the target is called.
         target_dtype: What the target computed in.
+        weights: Fingerprint of the target's weights, whatever the target is called.
         layer_ids: Layers whose entering states are the features.
         template: Fingerprint of the chat template.
         max_length: Longer conversations were cut, tokens.
     """
 
-    weights: str
     target_dtype: str
+    weights: str
     layer_ids: list[int]
     template: str
     max_length: int
@@ -67,7 +67,7 @@ class Origin:
         """What states captured now would come from."""
         template = fingerprint(target.chat_tokenizer)
         dtype = str(target.dtype).removeprefix("torch.")
-        return cls(weights_fingerprint(target), dtype, list(target.layer_ids), template, max_length)
+        return cls(dtype, weights_fingerprint(target), list(target.layer_ids), template, max_length)
 
 
 @dataclass(frozen=True)

@@ -61,8 +61,10 @@ def capture(
     require_writable(out, _megabytes(left * size))
     write_shards(target, tokens, out, manifest, mine[process::processes], recipe.data.batch_tokens)
     waiting = finish(out, manifest)
-    told = f"{waiting} files are still to be written by others" if waiting else "finished"
-    print(f"store: {out}, {told}", file=sys.stderr)
+    if not waiting:
+        print(f"store: {out}", file=sys.stderr)
+    elif process == 0:
+        print(f"this share is written; {waiting} files of {out} are still to come from others", file=sys.stderr)
 
 
 def _megabytes(size: int) -> int:
