@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,7 @@ import torch
 from datasets import Dataset
 from tiny import VOCAB, tiny_head, tiny_target
 
+from slipstream.cli import main
 from slipstream.configs.errors import SlipstreamError
 from slipstream.configs.recipe import DataSettings, DistillSettings, Recipe, TrainSettings
 from slipstream.data.batches import Batches
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
 
 RECIPE = Recipe(
     distill=DistillSettings(steps=3, noise=0.1, feature_weight=0.1, single=0.25),
-    train=TrainSettings(max_steps=12, learning_rate=3e-3, accumulation=2, mixed_precision="bf16", log_every=1),
+    train=TrainSettings(max_steps=12, learning_rate=3e-3, accumulation=2, mixed_precision="no", log_every=1),
 )
 
 
@@ -106,3 +108,20 @@ def test_training_on_some_batches_over_and_over_reads_them_from_a_store_too(targ
 def test_kept_features_and_a_store_are_one_too_many():
     with pytest.raises(SlipstreamError, match=r"data\.features has it on disk already"):
         Recipe(data=DataSettings(features="store", batches=2), distill=DistillSettings(keep_features=True))
+
+
+def test_a_recipe_captures_and_trains_and_another_kind_of_head_is_refused(capsys, tmp_path, tiny_target_folder):
+    rows = [
+        {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo " * n}]} for n in (5, 9)
+    ]
+    (tmp_path / "c.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe = [f"--target.name={tiny_target_folder}", f"--data.conversations={tmp_path / 'c.jsonl'}"]
+    recipe += ["--head.kind=eagle1", "--head.draft_vocab_size=64", "--train.max_steps=2", "--train.mixed_precision=no"]
+    assert main(["capture", *recipe, f"--out={tmp_path / 'store'}"]) == 0
+    recipe += [f"--data.features={tmp_path / 'store'}"]
+    assert main(["train", *recipe, f"--out={tmp_path / 'eagle1'}"]) == 0
+    assert (tmp_path / "eagle1" / "draft" / "model.safetensors").is_file()
+    capsys.readouterr()
+    assert main(["train", *recipe, "--head.kind=eagle3", f"--out={tmp_path / 'eagle3'}"]) == 2
+    assert "does not fit" in (told := capsys.readouterr().err)
+    assert "(layer_ids: [4] there, [1, 2, 3] here); give another data.features, or capture again" in told

@@ -21,7 +21,7 @@ def capture(
     Processes that `accelerate launch` or torchrun started divide the work; so do machines, by --shard.
 
     Args:
-        recipe: Its sections target and data say what is captured.
+        recipe: Its sections target and data, and the kind of its head, say what is captured.
         out: Folder of the store.
         dtype: Of the states; `float8_e4m3fn` takes half the disk and is less exact.
         shard: I/N writes every N-th file from the I-th on. The last to write finishes the store.
@@ -31,6 +31,7 @@ def capture(
     from slipstream.configs.files import require_writable
     from slipstream.data.conversations import read, tokenize
     from slipstream.distill.capture import bytes_per_token, claim, finish, missing, plan_store, write_shards
+    from slipstream.distill.draft import layers_read
     from slipstream.distill.store import Manifest
     from slipstream.distill.target import load_target
 
@@ -41,6 +42,7 @@ def capture(
     device = f"cuda:{local}" if torch.cuda.is_available() else "cpu"
     settings = recipe.target
     target = load_target(settings.name, dtype=settings.dtype, adapter=settings.adapter, device=device)
+    target = target.reading(layers_read(recipe.head.kind, target))
     tokens = tokenize(read(recipe.data.conversations), target.chat_tokenizer, recipe.data.max_length)
     manifest = plan_store(target, tokens, recipe.data.max_length, dtype)
     claim(out, manifest)
@@ -90,6 +92,7 @@ def train(recipe: Recipe, out: Path) -> None:
     from slipstream.data.batches import Batches
     from slipstream.data.conversations import read, tokenize
     from slipstream.data.vocabulary import draft_vocabulary
+    from slipstream.distill.draft import layers_read
     from slipstream.distill.heads import new_head, save_head
     from slipstream.distill.store import Store
     from slipstream.distill.target import load_target
@@ -103,6 +106,7 @@ def train(recipe: Recipe, out: Path) -> None:
         return
     require_writable(out, 500)
     target = load_target(recipe.target.name, dtype=recipe.target.dtype, adapter=recipe.target.adapter)
+    target = target.reading(layers_read(recipe.head.kind, target))
     store = None
     if recipe.data.features is None:
         tokens = tokenize(read(recipe.data.conversations), target.chat_tokenizer, recipe.data.max_length)
@@ -112,7 +116,6 @@ def train(recipe: Recipe, out: Path) -> None:
         tokens = store.tokens
     vocabulary = draft_vocabulary(tokens, recipe.head.draft_vocab_size, target.vocab_size, target.stop_ids())
     head = new_head(target, vocabulary, recipe.head, seed=recipe.train.seed)
-    target = target.reading(head.layer_ids)
     batches = Batches(tokens, recipe.data.batch_tokens, recipe.train.seed, recipe.data.batches)
     trainer = Trainer(recipe, target, head, batches, out / "train", store)
     rows = trainer.run()
