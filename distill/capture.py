@@ -97,13 +97,16 @@ def claim(folder: Path, manifest: Manifest) -> None:
     Raises:
         SlipstreamError: If it holds something else.
     """
-    if (folder / "manifest.json").exists():
-        advice = "give another --out, or what it was begun with"
-        require_same(folder, Manifest.load(folder), manifest, advice)
-    elif folder.exists() and (not folder.is_dir() or any(file.name[0] != "." for file in folder.iterdir())):
+    if folder.exists() and not folder.is_dir():
+        raise SlipstreamError(f"{folder} is a file; give another --out")
+    folder.mkdir(parents=True, exist_ok=True)
+    # Looked at once, and without temporary files: another process may be claiming the folder at this moment.
+    names = {file.name for file in folder.iterdir() if not file.name.startswith(".")}
+    if "manifest.json" in names:
+        require_same(folder, Manifest.load(folder), manifest, "give another --out, or what it was begun with")
+    elif names:
         raise SlipstreamError(f"{folder} exists and holds no feature store; give another --out")
     else:
-        folder.mkdir(parents=True, exist_ok=True)
         manifest.save(folder)
 
 
@@ -163,9 +166,10 @@ def capture_rows(
                 f"in {target.dtype}; try --target.dtype bfloat16"
             )
         for name, values in encode(captured, dtype).items():
-            place = states.setdefault(name, torch.empty(int(ends[-1]), values.shape[-1], dtype=values.dtype))
+            if name not in states:
+                states[name] = torch.empty(int(ends[-1]), values.shape[-1], dtype=values.dtype)
             for kept, row in zip(values, picked, strict=True):
-                place[ends[row] - lengths[row] : ends[row]] = kept[: lengths[row]].cpu()
+                states[name][ends[row] - lengths[row] : ends[row]] = kept[: lengths[row]].cpu()
     sums = [
         checksum({name: values[end - length : end] for name, values in states.items()})
         for end, length in zip(ends, lengths, strict=True)

@@ -208,7 +208,7 @@ class Store:
                 names = sorted(set(file.keys()) - set(_INDEX))
                 states = {name: file.get_slice(name)[end - int(self._length[row]) : end] for name in names}
         except (OSError, SafetensorError) as error:
-            raise damaged(place, str(error)) from error
+            raise damaged(place, str(error).splitlines()[0]) from error
         if checksum(states) != self._checksum[row]:
             raise damaged(place, f"the states of conversation {row + 1} do not match their checksum")
         return decode(states, self._dtype)
@@ -265,7 +265,11 @@ def encode(captured: Captured, dtype: str) -> dict[str, Tensor]:
 
 
 def decode(kept: dict[str, Tensor], dtype: torch.dtype) -> Captured:
-    """What `encode` was given, in `dtype`; in fp8 to 1/16 of each value or 1/458752 of its layer's largest at that token."""
+    """What `encode` was given, in `dtype`.
+
+    A value kept in fp8 is off by at most 1/16 of itself or, where that is more, 1/458752 (448 * 1024) of the largest of its
+    layer and token.
+    """
     states = []
     for name in Captured._fields:
         values = kept[name]

@@ -413,7 +413,9 @@ def test_a_capture_leaves_a_folder_of_something_else_alone(capsys, target, conve
     (tmp_path / "mine.txt").write_text("mine")
     assert main(["capture", *options(target, conversations), f"--out={tmp_path}"]) == 2
     assert "exists and holds no feature store; give another --out" in capsys.readouterr().err
-    assert list(contents(tmp_path)) == ["mine.txt"]
+    assert main(["capture", *options(target, conversations), f"--out={tmp_path / 'mine.txt'}"]) == 2
+    assert "is a file; give another --out" in capsys.readouterr().err
+    assert contents(tmp_path) == {"mine.txt": b"mine"}
 
 
 @pytest.mark.parametrize("shard", ["1", "2/2", "-1/2", "a/b", "0/0"])
