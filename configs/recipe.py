@@ -41,6 +41,8 @@ class DataSettings:
         stream: Read data sets of the hub over the network, without downloading them first.
         malformed: Share of the rows that may be malformed; above it nothing is read.
         think: Whether answers think before they speak, for templates with `enable_thinking`; as in `regenerate --think`.
+        features: A store that `slipstream capture` wrote: training reads its conversations and the target's states of
+            them there, and `conversations` is not read; None runs the target.
         max_length: Longer conversations are cut, tokens.
         batch_tokens: Padded tokens per micro-batch and process.
         batches: Learn from this many micro-batches only, over and over; None takes all the data.
@@ -50,6 +52,7 @@ class DataSettings:
     stream: bool = False
     malformed: float = 0.05
     think: bool | None = None
+    features: str | None = None
     max_length: int = 512
     batch_tokens: int = 1024
     batches: int | None = None
@@ -201,3 +204,7 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.distill.keep_features and self.data.batches is None:
             raise SlipstreamError("distill.keep_features needs data.batches: the features of how many batches to keep")
+        if self.distill.keep_features and self.data.features is not None:
+            raise SlipstreamError(
+                "distill.keep_features keeps what the target gave; data.features has it on disk already"
+            )

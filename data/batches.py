@@ -53,15 +53,7 @@ class Batches:
             pool = _POOL * max(1, self.batch_tokens // int(self.lengths.max()))
             plan: list[list[int]] = []
             for start in range(0, len(order), pool):
-                rows = order[start : start + pool]
-                rows = rows[np.argsort(self.lengths[rows], kind="stable")]
-                batch: list[int] = []
-                for row in rows.tolist():
-                    if batch and (len(batch) + 1) * self.lengths[row] > self.batch_tokens:
-                        plan.append(batch)
-                        batch = []
-                    batch.append(row)
-                plan.append(batch)
+                plan += group(order[start : start + pool], self.lengths, self.batch_tokens)
             self._epochs = {epoch: [plan[i] for i in draw.permutation(len(plan))]}
         return self._epochs[epoch]
 
@@ -71,13 +63,35 @@ class Batches:
         epoch, place = divmod(index, self.limit)
         return int(np.random.default_rng([self.seed, epoch]).permutation(self.limit)[place])
 
-    def __getitem__(self, index: int) -> Batch:
+    def rows(self, index: int) -> list[int]:
+        """Rows of the data set that the index-th batch holds."""
         if self.limit is not None:
-            return collate(self.tokens, self._plan(0)[self.which(index)])
+            return self._plan(0)[self.which(index)]
         # Epochs differ a little in their number of batches; index counts in units of the first epoch's.
         epoch, place = divmod(index, self.per_epoch)
         plan = self._plan(epoch)
-        return collate(self.tokens, plan[place % len(plan)])
+        return plan[place % len(plan)]
+
+    def __getitem__(self, index: int) -> Batch:
+        return collate(self.tokens, self.rows(index))
+
+
+def group(rows: np.ndarray, lengths: np.ndarray, batch_tokens: int) -> list[list[int]]:
+    """Batches of rows of similar length, shortest first, of at most `batch_tokens` padded tokens.
+
+    Args:
+        rows: Indices into `lengths`.
+        lengths: Tokens of every row of the data set.
+        batch_tokens: As in `Batches`.
+    """
+    batches: list[list[int]] = []
+    batch: list[int] = []
+    for row in rows[np.argsort(lengths[rows], kind="stable")].tolist():
+        if batch and (len(batch) + 1) * lengths[row] > batch_tokens:
+            batches.append(batch)
+            batch = []
+        batch.append(row)
+    return [*batches, batch]
 
 
 def collate(tokens: Dataset, rows: list[int]) -> Batch:

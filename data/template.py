@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from dataclasses import dataclass
 from os.path import commonprefix
 from typing import TYPE_CHECKING, Any
@@ -45,6 +47,11 @@ def render_text(tokenizer: PreTrainedTokenizerBase, messages: list[Message], *, 
         raise SlipstreamError(f"the chat template refuses these messages: {error}") from error
     assert isinstance(text, str)
     return text
+
+
+def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Fingerprint of the chat template, the same wherever and whenever it is taken."""
+    return hashlib.sha256(json.dumps(tokenizer.chat_template).encode()).hexdigest()[:16]
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

@@ -76,15 +76,18 @@ class DraftConfig(LlamaConfig):
             "rope_parameters": {"rope_type": "default", "rope_theta": _rope_theta(config)},
             "draft_vocab_size": min(draft_vocab_size, target.vocab_size),
             "target_hidden_size": config.hidden_size,
-            "eagle_aux_hidden_state_layer_ids": (
-                [config.num_hidden_layers] if overrides.get("kind") == "eagle1" else list(target.layer_ids)
-            ),
+            "eagle_aux_hidden_state_layer_ids": layers_read(overrides.get("kind", cls.kind), target),
             "target_name": target.name,
             "tie_word_embeddings": False,
             "bos_token_id": config.bos_token_id,
             "eos_token_id": config.eos_token_id,
         }
         return cls(**{**shape, **overrides})
+
+
+def layers_read(kind: str, target: Target) -> list[int]:
+    """Layers of the target whose entering states a head of this kind is fed."""
+    return [target.config.num_hidden_layers] if kind == "eagle1" else list(target.layer_ids)
 
 
 def _rope_theta(config: Any) -> float:

@@ -191,7 +191,7 @@ class Target:
     def capture(self, input_ids: Tensor) -> Captured:
         """Run the target over whole texts [B, L], padded on the right, for training: everything but the output layer."""
         out = self.model.base_model(input_ids=input_ids, use_cache=False, output_hidden_states=True)
-        return Captured(torch.cat([out.hidden_states[i] for i in self.layer_ids], dim=-1), out.last_hidden_state)
+        return Captured(self._features(out.hidden_states, out.last_hidden_state.device), out.last_hidden_state)
 
     @torch.no_grad()
     def logits(self, hidden: Tensor) -> Tensor:
@@ -237,7 +237,11 @@ class Target:
             output_hidden_states=True,
             logits_to_keep=logits_to_keep,
         )
-        return out.logits, torch.cat([out.hidden_states[i] for i in self.layer_ids], dim=-1)
+        return out.logits, self._features(out.hidden_states, out.logits.device)
+
+    def _features(self, states: Sequence[Tensor], device: torch.device) -> Tensor:
+        """The chosen layers' states side by side; a target that is spread over devices leaves them on several."""
+        return torch.cat([states[i].to(device) for i in self.layer_ids], dim=-1)
 
     def _mask(self, visible: Tensor, position_ids: Tensor | None, cache: Cache | None) -> Tensor | dict[str, Tensor]:
         """Additive 4D mask in the model's dtype, one per kind of layer where the model has several (sliding window)."""

@@ -126,7 +126,7 @@ def unroll(
         loss, guess = head_loss(head, output, teacher, pick, counted, objective)
         if feature_weight:
             aim = captured.hidden[row_b, position.clamp(max=length - 1)]
-            loss = loss + feature_weight * _feature_distance(head.normed(output), aim)[counted].sum()
+            loss = loss + feature_weight * _feature_distance(head.normed(output)[counted], aim[counted]).sum()
         losses.append(loss)
         counts.append(counted.sum())
         survived = survived & valid & (head.vocabulary()[guess] == teacher.argmax[pick])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from dataclasses import asdict
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +15,7 @@ from safetensors.torch import save_file
 from slipstream.configs.errors import SlipstreamError
 from slipstream.configs.files import write_atomic, write_through
 from slipstream.configs.progress import progress
+from slipstream.distill.features import Features, OnlineFeatures, StoredFeatures
 from slipstream.distill.unroll import Distillation, labelled_rows
 from slipstream.train.launch import Launch, start
 from slipstream.train.measure import Measure
@@ -31,7 +33,8 @@ if TYPE_CHECKING:
     from slipstream.configs.recipe import Recipe
     from slipstream.data.batches import Batch, Batches
     from slipstream.distill.draft import DraftHead
-    from slipstream.distill.target import Captured, Target
+    from slipstream.distill.store import Store
+    from slipstream.distill.target import Target
 
 
 class Trainer:
@@ -41,6 +44,15 @@ class Trainer:
     measured, `metrics.jsonl` (one row every `log_every` steps) and `recipe.json`, which must not change under it.
     Micro-batch i of the run is the same whatever process takes it: step s of P processes with accumulation A takes i from
     s*P*A to (s+1)*P*A - 1, A in a row each.
+
+    Args:
+        recipe: All settings.
+        target: The target.
+        head: The head, as it begins.
+        batches: Of the conversations.
+        folder: Of the run.
+        store: Where the states of these conversations are read; None runs the target.
+        accelerator: From `start`; None starts one.
     """
 
     def __init__(
@@ -50,6 +62,8 @@ class Trainer:
         head: DraftHead,
         batches: Batches,
         folder: Path,
+        *,
+        store: Store | None = None,
         accelerator: Accelerator | None = None,
     ) -> None:
         self.settings = recipe.train
@@ -70,7 +84,11 @@ class Trainer:
         self.weights = torch.tensor([self.distill.step_decay**k for k in range(self.distill.steps)], device=self.device)
         self.measure = Measure(target, head.config, self.settings) if self.settings.measure_every else None
         self.average: dict[str, Tensor] = {}
-        self.kept: dict[int, Captured] = {}
+        self.features: Features = (
+            OnlineFeatures(target, batches, self.device, keep=self.distill.keep_features)
+            if store is None
+            else StoredFeatures(store, batches, self.device)
+        )
         self.step = 0
         self.seconds = 0.0
         self.rows: list[dict[str, Any]] = []
@@ -102,15 +120,6 @@ class Trainer:
         state = {"step": self.step, "seconds": self.seconds, "rows": self.rows, "average": self.average}
         self.launch.save(self.folder / "checkpoint", state)
 
-    def _captured(self, index: int, ids: Tensor) -> Captured | None:
-        """What the target says of a micro-batch, where that is kept; None asks it anew."""
-        if not self.distill.keep_features or self.batches.limit is None:
-            return None
-        place = self.batches.which(index)
-        if place not in self.kept:
-            self.kept[place] = self.target.capture(ids)
-        return self.kept[place]
-
     def _unrolled(self) -> int:
         """Unroll steps at this point of the training."""
         return 1 if self.step < self.distill.single * self.total else self.distill.steps
@@ -119,15 +128,16 @@ class Trainer:
         """One optimizer step over all micro-batches of all processes; returns its padded tokens here."""
         settings, steps = self.settings, self._unrolled()
         first = self.step * self.micro + self.launch.accelerator.process_index * settings.accumulation
-        batches = {index: self.batches[index] for index in range(first, first + settings.accumulation)}
+        indices = [*range(first, first + settings.accumulation), first + self.micro]
+        batches = {index: self.batches[index] for index in indices[:-1]}
         # The loss is a mean over all labelled rows of all processes and micro-batches, each unroll step at its weight.
         rows = self.launch.sum(torch.stack([labelled_rows(b.mask, steps) for b in batches.values()]).sum(0).float())
         scale = self.weights[:steps] / (rows * self.weights[:steps]).sum().clamp(min=1.0)
-        for index, batch in batches.items():
-            ids, mask = batch.input_ids.to(self.device), batch.mask.to(self.device)
+        for index, then in pairwise(indices):
+            batch, captured = self.features.of(index, then)
             noise = torch.Generator(self.device).manual_seed(settings.seed * 1_000_003 + index)
-            loss, out = self.launch.module(ids, mask, scale, self._captured(index, ids), noise)
-            self.launch.backward(loss, last=index == max(batches))
+            loss, out = self.launch.module(batch.input_ids, batch.mask, scale, captured, noise)
+            self.launch.backward(loss, last=then == indices[-1])
             metrics.add(out, self.weights[:steps])
         norm = self.launch.step(learning_rate(self.step, self.total, settings))
         if norm != norm or norm == float("inf"):

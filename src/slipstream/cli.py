@@ -10,7 +10,6 @@ import sys
 import warnings
 from dataclasses import fields
 from importlib.metadata import version
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import docstring_parser
@@ -20,7 +19,7 @@ from transformers.utils import logging as transformers_logging
 
 from slipstream.commands.data import regenerate, synthesize
 from slipstream.commands.decoding import evaluate, generate, tune
-from slipstream.commands.training import train
+from slipstream.commands.training import capture, train
 from slipstream.configs.errors import SlipstreamError
 from slipstream.configs.recipe import Recipe
 from slipstream.configs.suggest import near
@@ -38,8 +37,10 @@ def doctor() -> None:
 
 
 COMMANDS: dict[str, Callable[..., None]] = {
-    f.__name__: f for f in (quickstart, synthesize, regenerate, train, generate, evaluate, tune, doctor)
+    f.__name__: f for f in (quickstart, synthesize, regenerate, capture, train, generate, evaluate, tune, doctor)
 }
+
+RECIPE_COMMANDS = ("capture", "train")  # their first parameter is a recipe: a file, and an option for every field
 
 
 def _parser() -> ArgumentParser:
@@ -53,18 +54,14 @@ def _parser() -> ArgumentParser:
     for name, function in COMMANDS.items():
         summary = (function.__doc__ or "").split("\n")[0]
         sub = ArgumentParser(description=summary, exit_on_error=False)
-        if function is train:
+        if name in RECIPE_COMMANDS:
             sub.add_argument("--config", action="config", help="a recipe in YAML")
             sub.add_class_arguments(Recipe, as_group=False)
-            sub.add_argument("--out", type=Path, required=True, help="folder of the run")
-        else:
-            flags: set[str | int] = {
-                p.name for p in inspect.signature(function).parameters.values() if p.default is False
-            }
-            sub.add_function_arguments(function, as_group=False, skip=flags)
-            for about in docstring_parser.parse(function.__doc__ or "").params:
-                if about.arg_name in flags:  # jsonargparse would want a value
-                    sub.add_argument(f"--{about.arg_name}", action="store_true", help=about.description)
+        flags: set[str | int] = {p.name for p in inspect.signature(function).parameters.values() if p.default is False}
+        sub.add_function_arguments(function, as_group=False, skip=flags | {"recipe"})
+        for about in docstring_parser.parse(function.__doc__ or "").params:
+            if about.arg_name in flags:  # jsonargparse would want a value
+                sub.add_argument(f"--{about.arg_name}", action="store_true", help=about.description)
         commands.add_subcommand(name, sub, help=summary)
     return parser
 
@@ -73,10 +70,11 @@ def _known(command: str | None) -> list[str]:
     """Options of a command, or the commands."""
     if command is None:
         return list(COMMANDS)
-    if command != "train":
-        return list(inspect.signature(COMMANDS[command]).parameters)
+    own = list(inspect.signature(COMMANDS[command]).parameters)
+    if command not in RECIPE_COMMANDS:
+        return own
     sections = {section.name: section.default_factory for section in fields(Recipe)}
-    return ["config", "out", *(f"{name}.{f.name}" for name, kind in sections.items() for f in fields(kind))]  # type: ignore[arg-type]
+    return ["config", *own[1:], *(f"{name}.{f.name}" for name, kind in sections.items() for f in fields(kind))]  # type: ignore[arg-type]
 
 
 def _explain(message: str, command: str | None) -> str:
@@ -100,10 +98,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser = _parser()
         settings = parser.instantiate(parser.parse_args(arguments))
         values = vars(settings[settings.command])
-        if settings.command == "train":
-            train(Recipe(**{field.name: values[field.name] for field in fields(Recipe)}), values["out"])
-        else:
-            COMMANDS[settings.command](**values)
+        if settings.command in RECIPE_COMMANDS:
+            del values["config"]
+            values["recipe"] = Recipe(**{field.name: values.pop(field.name) for field in fields(Recipe)})
+        COMMANDS[settings.command](**values)
     except (SlipstreamError, ArgumentError) as error:
         command = next((a for a in (arguments if arguments is not None else sys.argv[1:]) if a in COMMANDS), None)
         told = _explain(str(error), command) if isinstance(error, ArgumentError) else error

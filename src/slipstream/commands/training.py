@@ -1,23 +1,100 @@
-"""Commands that make heads: `train`."""
+"""Commands that make heads: `capture`, `train`."""
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from typing import Literal
 
 from slipstream.configs.errors import SlipstreamError
 from slipstream.configs.recipe import Recipe
 
 
+def capture(
+    recipe: Recipe, out: Path, dtype: Literal["bfloat16", "float8_e4m3fn"] = "bfloat16", shard: str = "0/1"
+) -> None:
+    """Write the target's states of a recipe's conversations into a store, for train --data.features.
+
+    Processes that `accelerate launch` or torchrun started divide the work; so do machines, by --shard.
+
+    Args:
+        recipe: Its sections target and data, and the kind of its head, say what is captured.
+        out: Folder of the store.
+        dtype: Of the states; `float8_e4m3fn` takes half the disk and is less exact.
+        shard: I/N writes every N-th file from the I-th on. The last to write finishes the store.
+    """
+    import torch
+
+    from slipstream.configs.files import require_writable
+    from slipstream.data.conversations import load
+    from slipstream.distill.capture import bytes_per_token, claim, finish, missing, plan_store, write_shards
+    from slipstream.distill.draft import layers_read
+    from slipstream.distill.store import Manifest
+    from slipstream.distill.target import load_target
+
+    share, shares = _fraction(shard)
+    process, processes, local = (
+        int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
+    )
+    device = f"cuda:{local}" if torch.cuda.is_available() else "cpu"
+    settings = recipe.target
+    target = load_target(settings.name, dtype=settings.dtype, adapter=settings.adapter, device=device)
+    target = target.reading(layers_read(recipe.head.kind, target))
+    tokens = load(recipe.data, target.chat_tokenizer)
+    manifest = plan_store(target, tokens, recipe.data, dtype)
+    claim(out, manifest)
+    if Manifest.load(out).finished and not missing(out, manifest, range(len(manifest.shards))):
+        if process == 0:
+            print(f"this store is finished; nothing was changed: {out}", file=sys.stderr)
+        return
+    mine = range(len(manifest.shards))[share::shares]
+    size = bytes_per_token(target, dtype)
+    left = sum(manifest.shards[number].tokens for number in missing(out, manifest, mine))
+    if process == 0:
+        print(
+            f"{manifest.rows:,} conversations, {manifest.tokens:,} tokens of {size:,} bytes: "
+            f"{_megabytes(manifest.tokens * size):,} MB in {len(manifest.shards)} files; {_megabytes(left * size):,} MB "
+            "are to be written here",
+            file=sys.stderr,
+        )
+    require_writable(out, _megabytes(left * size))
+    write_shards(target, tokens, out, manifest, mine[process::processes], recipe.data.batch_tokens)
+    waiting = finish(out, manifest)
+    if not waiting:
+        print(f"store: {out}", file=sys.stderr)
+    elif process == 0:
+        print(f"this share is written; {waiting} files of {out} are still to come from others", file=sys.stderr)
+
+
+def _megabytes(size: int) -> int:
+    return -(-size // 2**20)
+
+
+def _fraction(shard: str) -> tuple[int, int]:
+    """I and N of `I/N`."""
+    first, _, second = shard.partition("/")
+    if not (first.isdecimal() and second.isdecimal() and int(first) < int(second)):
+        raise SlipstreamError(f"--shard is I/N with I from 0 to below N, such as 0/4, not {shard!r}")
+    return int(first), int(second)
+
+
 def train(recipe: Recipe, out: Path) -> None:
-    """Train a head by a recipe into OUT/draft; goes on where an interrupted run stopped."""
+    """Train a head by a recipe into OUT/draft; goes on where an interrupted run stopped.
+
+    Args:
+        recipe: All settings.
+        out: Folder of the run.
+    """
     from slipstream.configs.files import require_writable
     from slipstream.data.batches import Batches
     from slipstream.data.conversations import load
     from slipstream.data.vocabulary import draft_vocabulary
+    from slipstream.distill.draft import layers_read
     from slipstream.distill.heads import new_head, save_head
+    from slipstream.distill.store import Store
     from slipstream.distill.target import load_target
     from slipstream.train.launch import start
     from slipstream.train.trainer import Trainer
@@ -30,14 +107,20 @@ def train(recipe: Recipe, out: Path) -> None:
         return
     require_writable(out, 500)
     accelerator = start(recipe.train, out)
+    store = None
     with accelerator.main_process_first():  # what it converts and tokenizes, the others find in caches
         target = load_target(recipe.target.name, dtype=recipe.target.dtype, adapter=recipe.target.adapter)
-        tokens = load(recipe.data, target.chat_tokenizer)
+        target = target.reading(layers_read(recipe.head.kind, target))
+        if recipe.data.features is None:
+            tokens = load(recipe.data, target.chat_tokenizer)
+        else:
+            store = Store(Path(recipe.data.features).expanduser())
+            store.require(target, recipe.data)
+            tokens = store.tokens
     vocabulary = draft_vocabulary(tokens, recipe.head.draft_vocab_size, target.vocab_size, target.stop_ids())
     head = new_head(target, vocabulary, recipe.head, seed=recipe.train.seed)
-    target = target.reading(head.layer_ids)
     batches = Batches(tokens, recipe.data.batch_tokens, recipe.train.seed, recipe.data.batches)
-    trainer = Trainer(recipe, target, head, batches, out / "train", accelerator)
+    trainer = Trainer(recipe, target, head, batches, out / "train", store=store, accelerator=accelerator)
     rows = trainer.run()
     trained = trainer.result()
     if trained is not None:

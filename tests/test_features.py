@@ -1,0 +1,127 @@
+"""Training on a store is training online: the same batches, the same losses."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from datasets import Dataset
+from tiny import VOCAB, tiny_head, tiny_target
+
+from slipstream.cli import main
+from slipstream.configs.errors import SlipstreamError
+from slipstream.configs.recipe import DataSettings, DistillSettings, Recipe, TrainSettings
+from slipstream.data.batches import Batches
+from slipstream.distill.capture import claim, finish, plan_store, write_shards
+from slipstream.distill.store import Store
+from slipstream.distill.target import Target
+from slipstream.train.trainer import Trainer
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from torch import Tensor
+
+RECIPE = Recipe(
+    distill=DistillSettings(steps=3, noise=0.1, feature_weight=0.1, single=0.25),
+    train=TrainSettings(max_steps=12, learning_rate=3e-3, accumulation=2, mixed_precision="no", log_every=1),
+)
+
+
+@pytest.fixture(scope="module")
+def target(tiny_tokenizer) -> Target:
+    """A bf16 target; the tokenizer is there for its template only."""
+    return Target(tiny_target().model.bfloat16(), tiny_tokenizer, name="tiny")
+
+
+@pytest.fixture(scope="module")
+def tokens() -> Dataset:
+    """Sixteen conversations of 12 to 27 tokens."""
+    draw = torch.Generator().manual_seed(0)
+    rows = [torch.randint(3, VOCAB, (12 + i,), generator=draw).tolist() for i in range(16)]
+    return Dataset.from_list([{"input_ids": r, "mask": [0] * 4 + [1] * (len(r) - 4)} for r in rows]).with_format(
+        "numpy"
+    )
+
+
+def stored(target: Target, tokens: Dataset, folder: Path, batch_tokens: int, dtype: str = "bfloat16") -> Store:
+    manifest = plan_store(target, tokens, DataSettings(max_length=64), dtype)
+    claim(folder, manifest)
+    write_shards(target, tokens, folder, manifest, [0], batch_tokens)
+    assert finish(folder, manifest) == 0
+    return Store(folder)
+
+
+def train(
+    target: Target,
+    tokens: Dataset,
+    folder: Path,
+    batch_tokens: int,
+    store: Store | None = None,
+    recipe: Recipe = RECIPE,
+) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
+    """Metric rows and weights of a run."""
+    batches = Batches(tokens if store is None else store.tokens, batch_tokens, 0)
+    run = Trainer(recipe, target, tiny_head(target, VOCAB).train(), batches, folder, store=store)
+    return run.run(), run.head.state_dict()
+
+
+def test_where_a_conversation_is_captured_alone_training_is_bit_equal_to_online(target, tokens, tmp_path, monkeypatch):
+    store = stored(target, tokens, tmp_path / "store", batch_tokens=1)
+    rows, weights = train(target, tokens, tmp_path / "online", batch_tokens=1)
+    monkeypatch.setattr(Target, "capture", None)  # the target's layers are not wanted
+    again, mine = train(target, tokens, tmp_path / "stored", batch_tokens=1, store=store)
+    assert [row["loss"] for row in again] == [row["loss"] for row in rows]
+    for name, weight in weights.items():
+        assert torch.equal(weight, mine[name]), name
+
+
+def test_in_batches_of_other_shapes_losses_differ_by_the_targets_rounding_only(target, tokens, tmp_path):
+    store = stored(target, tokens, tmp_path / "store", batch_tokens=50)
+    rows, _ = train(target, tokens, tmp_path / "online", batch_tokens=90)
+    again, _ = train(target, tokens, tmp_path / "stored", batch_tokens=90, store=store)
+    assert [row["tokens"] for row in again] == [row["tokens"] for row in rows]
+    assert [row["loss"] for row in again] == pytest.approx([row["loss"] for row in rows], rel=0.01)
+
+
+def test_an_fp8_store_trains_to_nearly_the_same_losses(target, tokens, tmp_path):
+    store = stored(target, tokens, tmp_path / "store", 90, "float8_e4m3fn")
+    rows, _ = train(target, tokens, tmp_path / "online", batch_tokens=90)
+    again, _ = train(target, tokens, tmp_path / "stored", batch_tokens=90, store=store)
+    assert [row["loss"] for row in again] == pytest.approx([row["loss"] for row in rows], rel=0.05)
+
+
+def test_training_on_some_batches_over_and_over_reads_them_from_a_store_too(target, tokens, tmp_path):
+    store = stored(target, tokens, tmp_path / "store", batch_tokens=1)
+    recipe = replace(RECIPE, data=DataSettings(batches=3))
+    runs = []
+    for name, source in (("online", None), ("stored", store)):
+        batches = Batches(tokens, 1, 0, 3)
+        run = Trainer(recipe, target, tiny_head(target, VOCAB).train(), batches, tmp_path / name, store=source)
+        runs.append([row["loss"] for row in run.run()])
+    assert runs[0] == runs[1]
+
+
+def test_kept_features_and_a_store_are_one_too_many():
+    with pytest.raises(SlipstreamError, match=r"data\.features has it on disk already"):
+        Recipe(data=DataSettings(features="store", batches=2), distill=DistillSettings(keep_features=True))
+
+
+def test_a_recipe_captures_and_trains_and_another_kind_of_head_is_refused(capsys, tmp_path, tiny_target_folder):
+    rows = [
+        {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo " * n}]} for n in (5, 9)
+    ]
+    (tmp_path / "c.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe = [f"--target.name={tiny_target_folder}", f"--data.conversations={tmp_path / 'c.jsonl'}"]
+    recipe += ["--head.kind=eagle1", "--head.draft_vocab_size=64", "--train.max_steps=2", "--train.mixed_precision=no"]
+    assert main(["capture", *recipe, f"--out={tmp_path / 'store'}"]) == 0
+    recipe += [f"--data.features={tmp_path / 'store'}"]
+    assert main(["train", *recipe, f"--out={tmp_path / 'eagle1'}"]) == 0
+    assert (tmp_path / "eagle1" / "draft" / "model.safetensors").is_file()
+    capsys.readouterr()
+    assert main(["train", *recipe, "--head.kind=eagle3", f"--out={tmp_path / 'eagle3'}"]) == 2
+    assert "does not fit" in (told := capsys.readouterr().err)
+    assert "(layer_ids: [4] there, [1, 2, 3] here); give another data.features, or capture again" in told
