@@ -20,6 +20,7 @@ from transformers.utils import logging as transformers_logging
 
 from slipstream.commands.data import regenerate, synthesize
 from slipstream.commands.decoding import evaluate, generate, tune
+from slipstream.commands.heads import export, import_, inspect_
 from slipstream.commands.training import train
 from slipstream.configs.errors import SlipstreamError
 from slipstream.configs.recipe import Recipe
@@ -38,7 +39,8 @@ def doctor() -> None:
 
 
 COMMANDS: dict[str, Callable[..., None]] = {
-    f.__name__: f for f in (quickstart, synthesize, regenerate, train, generate, evaluate, tune, doctor)
+    f.__name__.rstrip("_"): f  # `import_` cannot be called `import` in Python
+    for f in (quickstart, synthesize, regenerate, train, generate, evaluate, tune, export, import_, inspect_, doctor)
 }
 
 
@@ -58,13 +60,17 @@ def _parser() -> ArgumentParser:
             sub.add_class_arguments(Recipe, as_group=False)
             sub.add_argument("--out", type=Path, required=True, help="folder of the run")
         else:
-            flags: set[str | int] = {
-                p.name for p in inspect.signature(function).parameters.values() if p.default is False
-            }
-            sub.add_function_arguments(function, as_group=False, skip=flags)
+            parameters = inspect.signature(function).parameters
+            flags = {key for key, p in parameters.items() if p.default is False}  # jsonargparse would want a value
+            words = {key for key in parameters if key.endswith("_")}  # `from_`: `from` is a word of Python's
+            positional = function is inspect_
+            sub.add_function_arguments(function, as_group=False, as_positional=positional, skip={*flags, *words})
             for about in docstring_parser.parse(function.__doc__ or "").params:
-                if about.arg_name in flags:  # jsonargparse would want a value
-                    sub.add_argument(f"--{about.arg_name}", action="store_true", help=about.description)
+                key = about.arg_name
+                if key in flags:
+                    sub.add_argument(f"--{key}", action="store_true", help=about.description)
+                elif key in words:
+                    sub.add_argument(f"--{key[:-1]}", type=Path, required=True, dest=key, metavar=key[:-1].upper(), help=about.description)
         commands.add_subcommand(name, sub, help=summary)
     return parser
 
@@ -74,7 +80,7 @@ def _known(command: str | None) -> list[str]:
     if command is None:
         return list(COMMANDS)
     if command != "train":
-        return list(inspect.signature(COMMANDS[command]).parameters)
+        return [key.rstrip("_") for key in inspect.signature(COMMANDS[command]).parameters]
     sections = {section.name: section.default_factory for section in fields(Recipe)}
     return ["config", "out", *(f"{name}.{f.name}" for name, kind in sections.items() for f in fields(kind))]  # type: ignore[arg-type]
 
