@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import save_file
 
 from slipstream.configs.errors import SlipstreamError
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-_ASSUMED = {"rope_theta": 10000.0, "rms_norm_eps": 1e-6, "max_position_embeddings": 2048}
+_ASSUMED = {"rope_theta": 10000.0, "rms_norm_eps": 1e-6, "max_position_embeddings": 2048, "hidden_act": "silu"}
 """What EAGLE's code and transformers' LlamaConfig, and so SGLang and vLLM, take where config.json lacks the key."""
 
 
@@ -100,7 +101,10 @@ def read_foreign(folder: Path, target: str | None = None) -> Foreign:
     kind = "eagle3" if fused or any(key.startswith(LAYER) or "hidden_norm" in key for key in given) else "eagle1"
     tensors = {_our_name(key): value for key, value in given.items()}
     notes: list[str] = []
-    config = _config(folder, stated, tensors, kind, target, notes)
+    try:
+        config = _config(folder, stated, tensors, kind, target, notes)
+    except StrictDataclassError as error:
+        raise SlipstreamError(f"{folder}/config.json: {' '.join(str(error).split())}") from error
     _complete(folder, config, stated, tensors, target, notes)
     _check(folder, config, tensors)
     return Foreign(config, {key: value.contiguous() for key, value in tensors.items()}, name, tuple(notes))
@@ -128,51 +132,49 @@ def _config(
         raise SlipstreamError(
             f"{folder} is a head of width {sizes['hidden_size']} for a target of width {wide}; they must be equal"
         )
+    dtype = _find(folder, tensors, "fc.weight").dtype
     rows = {
-        part: _rows(folder, tensors, f"{LAYER}{part}_proj.weight")
+        part: len(_find(folder, tensors, f"{LAYER}{part}_proj.weight"))
         for part in ("self_attn.q", "self_attn.k", "mlp.gate")
     }
-    head_dim = stated.get("head_dim") or rows["self_attn.q"] // sizes["num_attention_heads"]
-    verifier = stated.get("speculators_config", {}).get("verifier", {}).get("name_or_path")
+    head_dim = _size(folder, stated, "head_dim", rows["self_attn.q"] // sizes["num_attention_heads"])
+    verifier = ((stated.get("speculators_config") or {}).get("verifier") or {}).get("name_or_path")
     bound = target or stated.get("slipstream", {}).get("target") or verifier
     if not bound:
         notes.append("no target is named: the head will be used with any of its width and vocabulary")
     return DraftConfig(
         **sizes,
-        **{key: _stated_or(stated, key, notes) for key in ("rms_norm_eps", "max_position_embeddings")},
+        **{key: _stated_or(stated, key, notes) for key in _ASSUMED if key != "rope_theta"},
         **{key: stated.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")},
         **{flag: bool(stated.get(flag)) for flag in VARIANTS},
         kind=kind,
         head_dim=head_dim,
-        num_key_value_heads=stated.get("num_key_value_heads") or rows["self_attn.k"] // head_dim,
-        intermediate_size=stated.get("intermediate_size") or rows["mlp.gate"],
-        hidden_act=stated.get("hidden_act", "silu"),
-        num_hidden_layers=stated.get("num_hidden_layers", 1),
+        num_key_value_heads=_size(folder, stated, "num_key_value_heads", rows["self_attn.k"] // head_dim),
+        intermediate_size=_size(folder, stated, "intermediate_size", rows["mlp.gate"]),
+        num_hidden_layers=_size(folder, stated, "num_hidden_layers", 1),
         rope_parameters=_rope(stated, notes),
-        draft_vocab_size=sizes["vocab_size"]
-        if kind == "eagle1"
-        else stated.get("draft_vocab_size") or sizes["vocab_size"],
+        draft_vocab_size=_size(folder, stated if kind == "eagle3" else {}, "draft_vocab_size", sizes["vocab_size"]),
         target_hidden_size=sizes["hidden_size"],
         eagle_aux_hidden_state_layer_ids=_layer_ids(folder, stated, kind, theirs and theirs.num_hidden_layers, notes),
         target_name=bound or "",
         tie_word_embeddings=False,
         fc_bias="fc.bias" in tensors and bool(tensors["fc.bias"].any()),
         architectures=[DraftHead.__name__],
-        dtype=tensors["fc.weight"].dtype,
+        dtype=dtype,
     )
 
 
-def _size(folder: Path, stated: dict[str, Any], key: str) -> int:
-    value = stated.get(key)
+def _size(folder: Path, stated: dict[str, Any], key: str, otherwise: int | None = None) -> int:
+    value = otherwise if stated.get(key) is None else stated[key]
     if not isinstance(value, int) or value < 1:
         raise SlipstreamError(f"{folder}/config.json: {key} must be a number above 0, not {value!r}")
     return value
 
 
-def _rows(folder: Path, tensors: dict[str, Tensor], key: str) -> int:
+def _find(folder: Path, tensors: dict[str, Tensor], key: str) -> Tensor:
     if key not in tensors:
         raise SlipstreamError(f"{folder}: missing tensors {[key]}")
-    return len(tensors[key])
+    return tensors[key]
 
 
 def _stated_or(stated: dict[str, Any], key: str, notes: list[str]) -> Any:
@@ -199,6 +201,9 @@ def _layer_ids(
     entering = stated.get("eagle_aux_hidden_state_layer_ids")
     nested = (stated.get("eagle_config") or {}).get("eagle_aux_hidden_state_layer_ids")
     tagged = stated.get("slipstream", {}).get("layer_ids")
+    for ids, low in ((entering, 0), (tagged, 0), (nested, -1)):
+        if ids and not (isinstance(ids, list) and all(isinstance(i, int) and i >= low for i in ids)):
+            raise SlipstreamError(f"{folder}/config.json: layer ids must be a list of numbers, not {ids!r}")
     ids = entering or tagged
     if ids and ((tagged or ids) != ids or (nested or ids) not in (ids, outputs_of(ids))):
         raise SlipstreamError(

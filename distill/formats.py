@@ -102,6 +102,8 @@ def obstacle(config: DraftConfig, name: str) -> str | None:
         return "has no bias on fc"
     if found and not form.variants:
         return f"knows no heads with {', '.join(found)}"
+    if config.norm_before_fc and config.fc_norm:
+        return "takes norm_before_fc or fc_norm, not both"
     ids = list(config.eagle_aux_hidden_state_layer_ids or [])
     if config.kind == "eagle3" and name == "eagle" and ids[:1] != [2]:
         return f"captures the states entering layers 2, n//2 and n-3, whatever the head; this one reads {ids}"
@@ -109,6 +111,12 @@ def obstacle(config: DraftConfig, name: str) -> str | None:
         # since pull request 25454 one is added to the ids only where the first of them is 1
         return f"takes layer ids for outputs only where the first is 1; this head's are {outputs_of(ids)}"
     return None
+
+
+def wants_embeddings(config: DraftConfig, name: str) -> bool:
+    """Whether an engine wants the target's embeddings in the head's file."""
+    form = FORMATS.get(config.kind, {}).get(name)
+    return form is not None and form.embeddings
 
 
 def export_head(
@@ -135,7 +143,7 @@ def export_head(
     """
     if why := obstacle(head.config, name):
         raise SlipstreamError(f"--to {name}: {name} {why}")
-    if FORMATS[head.config.kind][name].embeddings and target is None:
+    if wants_embeddings(head.config, name) and target is None:
         raise SlipstreamError(f"--to {name}: {name} wants the target's embeddings in the file; give --target")
     if target is not None:
         head.check_target(target.reading(head.layer_ids))

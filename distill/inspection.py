@@ -70,8 +70,11 @@ def _obstacles(engine: str, config: DraftConfig, stated: dict[str, Any], names: 
     with torch.device("meta"):
         wanted = set(export_tensors(DraftHead(config), engine, None))
     wanted |= {EMBEDDINGS} if form.embeddings else set()
-    first = next((prefix for prefix in form.first if any(key.startswith(prefix) for key in names)), form.first[0])
-    known = {key.replace(first, form.first[0], 1) if key.startswith(first) else key for key in names}
+    first = next((prefix for prefix in form.first if any(key.startswith(prefix) for key in names)), None)
+    if first is None:
+        found.append(f"it wants the layer's tensors as {form.first[0]}*")
+        wanted = {key for key in wanted if not key.startswith(form.first[0])}
+    known = {key.replace(first, form.first[0], 1) if first and key.startswith(first) else key for key in names}
     if missing := sorted(wanted - known - {"d2t", "t2d"}):
         found.append(f"it misses {missing}")
     if form.strict and (unknown := sorted(known - wanted - {EMBEDDINGS, "t2d"})):

@@ -13,7 +13,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
-def serving_notes(name: str, kind: str, folder: Path, target: str, *, depth: int, top_k: int, nodes: int) -> str:
+def serving_notes(
+    name: str, kind: str, folder: Path, target: str, *, depth: int, top_k: int, nodes: int, tuned: bool
+) -> str:
     """Launch lines for the engines that take this export.
 
     Args:
@@ -24,6 +26,7 @@ def serving_notes(name: str, kind: str, folder: Path, target: str, *, depth: int
         depth: Draft tokens on the longest path.
         top_k: Children per node.
         nodes: Nodes verified at once, the root included.
+        tuned: Whether these three were tuned for the head, and are not the defaults.
     """
     # A tree of this depth has no more nodes than one level of top_k and further levels of top_k * top_k each.
     nodes = min(nodes, 1 + top_k + (depth - 1) * top_k**2)
@@ -47,14 +50,18 @@ def serving_notes(name: str, kind: str, folder: Path, target: str, *, depth: int
         "speculators": (("vLLM", "sh", vllm),),
     }[name]
     blocks = "\n".join(f"## {engine}\n\n```{language}\n{line}\n```\n" for engine, language, line in lines)
+    origin = (
+        "These numbers are the head's tuned policy (`decode.json`), for one request at a time on the device that tuned it"
+        if tuned
+        else "These numbers are defaults, no policy was tuned for this head"
+    )
     return f"""# Serving this draft head
 
 Target: `{target}`. Where that is no folder or hub id of your server, put the right one into the lines below.
 
 {blocks}
-The numbers come from the tuned decode policy (`decode.json`): drafts {depth} tokens deep, {top_k} per node, {nodes} nodes
-verified at once, the root included. They were tuned for one request at a time on the device that tuned them; a busy server
-does better with fewer. vLLM drafts a chain, so it is given the depth only.
+{origin}: drafts {depth} tokens deep, {top_k} per node, {nodes} nodes verified at once, the root included. A server that
+answers many requests at once does better with fewer. vLLM drafts a chain, so it is given the depth only.
 
 These engines verify exactly: greedy output is the target's own, sampled output has the target's distribution. MARS and
 other relaxed rules are not part of them, and its settings in `decode.json` have no effect there. (SGLang relaxes

@@ -78,8 +78,9 @@ def _read_file(path: Path) -> dict[str, Tensor]:
     except UnpicklingError as error:
         raise SlipstreamError(f"{path} holds more than tensors, or is damaged; its code was not run") from error
     except (OSError, SafetensorError, RuntimeError, EOFError, ValueError) as error:
+        why = str(error).partition("\n")[0]
         raise SlipstreamError(
-            f"{path} cannot be read, it is damaged or cut short: {str(error).splitlines()[0]}"
+            f"{path} cannot be read, it is damaged or cut short: {why or 'it ends too soon'}"
         ) from error
     if not isinstance(data, dict) or not all(isinstance(value, torch.Tensor) for value in data.values()):
         raise SlipstreamError(f"{path} is no dictionary of tensors")

@@ -70,7 +70,14 @@ def _parser() -> ArgumentParser:
                 if key in flags:
                     sub.add_argument(f"--{key}", action="store_true", help=about.description)
                 elif key in words:
-                    sub.add_argument(f"--{key[:-1]}", type=Path, required=True, dest=key, metavar=key[:-1].upper(), help=about.description)
+                    sub.add_argument(
+                        f"--{key[:-1]}",
+                        type=Path,
+                        required=True,
+                        dest=key,
+                        metavar=key[:-1].upper(),
+                        help=about.description,
+                    )
         commands.add_subcommand(name, sub, help=summary)
     return parser
 

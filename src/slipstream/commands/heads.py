@@ -19,32 +19,39 @@ def export(draft: Path, to: To, out: Path, target: str | None = None, dtype: Dty
         draft: The head's folder.
         to: Who will load it.
         out: Folder to write.
-        target: The head's target; `speculators` takes its embeddings along.
+        target: The head's target: its embeddings go along where the engine wants them, and SERVING.md names it.
         dtype: Of the weights; default: as they are.
     """
-    from slipstream.decode.policy import Policy
-    from slipstream.distill.formats import export_head
+    from slipstream.decode.policy import FILE, Policy
+    from slipstream.distill.formats import export_head, wants_embeddings
     from slipstream.distill.heads import load_head
     from slipstream.distill.serving import serving_notes
     from slipstream.distill.target import DTYPES, load_target
     from slipstream.distill.tensors import read_json
 
+    _require_new(out)
     stored = read_json(draft / "config.json").get("dtype", "float32")
     head = load_head(draft, dtype=DTYPES[dtype or stored])
+    needed = target is not None and wants_embeddings(head.config, to)
     tree = Policy.load(draft).tree
-    named = target or head.config.target_name or "TARGET"
     shape = {"depth": tree.depth, "top_k": tree.top_k, "nodes": tree.nodes}
-    notes = serving_notes(to, head.config.kind, out.absolute(), named, **shape)
-    along = {file: draft / file for file in ("decode.json", "provenance.json")}
+    named = target or head.config.target_name or "TARGET"
+    notes = serving_notes(to, head.config.kind, out.absolute(), named, **shape, tuned=(draft / FILE).is_file())
+    along = {file: draft / file for file in (FILE, "provenance.json")}
     export_head(
         head,
         to,
         out,
-        target=load_target(target) if target is not None else None,
+        target=load_target(str(target), dtype=head.dtype) if needed else None,
         drafts=tree.depth,
         extras={"SERVING.md": notes, **{file: path.read_text() for file, path in along.items() if path.is_file()}},
     )
     print(f"{to}: {out}; to launch it: {out / 'SERVING.md'}", file=sys.stderr)
+
+
+def _require_new(out: Path) -> None:
+    if out.exists():
+        raise SlipstreamError(f"{out} exists; give another --out")
 
 
 def import_(from_: Path, out: Path, target: str | None = None) -> None:
@@ -57,8 +64,7 @@ def import_(from_: Path, out: Path, target: str | None = None) -> None:
     """
     from slipstream.distill.foreign import import_head
 
-    if out.exists():
-        raise SlipstreamError(f"{out} exists; give another --out")
+    _require_new(out)
     foreign = import_head(from_, out, target=target)
     for note in foreign.notes:
         print(f"note: {note}", file=sys.stderr)
