@@ -286,8 +286,13 @@ def _complete_vocabulary(folder: Path, config: DraftConfig, tensors: dict[str, T
 
 def _check(folder: Path, config: DraftConfig, tensors: dict[str, Tensor]) -> None:
     """Every tensor of the head is there in its shape, and nothing else is."""
-    with torch.device("meta"):
-        expected = {key: list(value.shape) for key, value in DraftHead(config).state_dict().items()}
+    try:
+        with torch.device("meta"):
+            expected = {key: list(value.shape) for key, value in DraftHead(config).state_dict().items()}
+    except KeyError as error:
+        raise SlipstreamError(
+            f"{folder}/config.json: rope {config.rope_parameters} lacks or misnames {error}"
+        ) from error
     for what, names in (("missing", set(expected) - set(tensors)), ("unexpected", set(tensors) - set(expected))):
         if names:
             raise SlipstreamError(f"{folder}: {what} tensors {sorted(names)}")

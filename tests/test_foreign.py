@@ -103,6 +103,12 @@ def test_a_published_head_is_imported_and_decodes(tmp_path, target_folder, kind,
     assert torch.equal(out.sequences, alone)
 
 
+def test_a_published_head_that_was_not_imported_is_pointed_to_import(tmp_path):
+    published(tmp_path / "theirs", "eagle3")
+    with pytest.raises(SlipstreamError, match="no draft head of slipstream's; slipstream import reads other projects'"):
+        load_head(tmp_path / "theirs")
+
+
 def test_a_published_head_in_shards_is_read_whole(tmp_path, target_folder):
     published(tmp_path / "one", "eagle3", file="model.safetensors")
     published(tmp_path / "shards", "eagle3", file="model.safetensors")
@@ -166,6 +172,8 @@ def test_a_missing_and_an_unexpected_tensor_are_named(tmp_path):
         ({"target_hidden_size": 64}, "a head of width 32 for a target of width 64"),
         ({"head_dim": "8"}, "head_dim must be a number above 0, not '8'"),
         ({"rms_norm_eps": "small"}, "config.json: .*'rms_norm_eps' expected float"),
+        ({"rope_parameters": {"rope_type": "spiral", "rope_theta": 1e4}}, "lacks or misnames 'spiral'"),
+        ({"rope_parameters": None, "rope_scaling": {"type": "linear"}}, "lacks or misnames 'factor'"),
         ({"eagle_aux_hidden_state_layer_ids": "2"}, "layer ids must be a list of numbers, not '2'"),
         ({"num_hidden_layers": 2}, "missing tensors"),
         ({"norm_before_fc": True}, r"missing tensors \['input_norm.weight'\]"),
