@@ -20,9 +20,10 @@ from slipstream.configs.progress import progress
 from slipstream.data.template import encode_prompt
 from slipstream.decode.drafters import NGramDrafter
 from slipstream.decode.engine import Decoder
-from slipstream.decode.evaluate import Record, answer, interval, read_prompts
+from slipstream.decode.evaluate import Record, answer, interval
 from slipstream.decode.policy import Policy
 from slipstream.decode.speculation import Speculation
+from slipstream.decode.tasks import read_prompts
 from slipstream.decode.tree import TreeShape
 from slipstream.distill.target import Target
 

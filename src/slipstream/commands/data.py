@@ -20,7 +20,7 @@ def synthesize(
     """
     from slipstream.configs.files import write_atomic
     from slipstream.data.synthesize import self_prompts, topic_prompts
-    from slipstream.decode.evaluate import read_prompts
+    from slipstream.decode.tasks import read_prompts
     from slipstream.distill.target import load_target
 
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -57,7 +57,7 @@ def regenerate(
     """
     from slipstream.data.conversations import pack
     from slipstream.data.regenerate import regenerate as answer_all
-    from slipstream.decode.evaluate import read_prompts
+    from slipstream.decode.tasks import read_prompts
     from slipstream.distill.target import load_target
 
     journal = out.with_suffix(".jsonl")

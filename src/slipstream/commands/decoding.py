@@ -116,8 +116,8 @@ def evaluate(
     """
     import slipstream
     from slipstream.configs.files import require_writable
-    from slipstream.decode.evaluate import read_prompts
     from slipstream.decode.suite import evaluate as measure
+    from slipstream.decode.tasks import read_prompts
 
     if (out / "results.json").exists():
         raise SlipstreamError(f"{out} holds the results of another run; give another --out")
@@ -149,7 +149,7 @@ def tune(
         dtype: Of target and head.
     """
     import slipstream
-    from slipstream.decode.evaluate import read_prompts, tuning_prompts
+    from slipstream.decode.tasks import read_prompts, tuning_prompts
     from slipstream.decode.tune import frontier_table
     from slipstream.decode.tune import tune as search
 
