@@ -16,14 +16,13 @@ from slipstream.configs.progress import progress
 from slipstream.data.template import encode_prompt
 from slipstream.decode.drafters import NoDrafter
 from slipstream.decode.engine import Decoder
-from slipstream.decode.verify import Verifier
+from slipstream.decode.verify import Token, Verifier
 from slipstream.distill.objectives import forward_kl
 from slipstream.distill.unroll import unroll
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from slipstream.decode.verify import Token
     from slipstream.distill.draft import DraftHead
     from slipstream.distill.target import Target
 
@@ -45,6 +44,7 @@ class Record:
         outputs: New token ids of each turn.
         tagged: The tokens of all turns; empty for transformers' own `generate`.
         turn_seconds: Seconds of each turn.
+        turn_rounds: Rounds of each turn; for transformers' own `generate` its tokens.
         seed: Of the draws.
         batch: Number of the batch it was answered in; None where it was alone.
         log_likelihood: Of the outputs under the target, nats; None where it was not measured.
@@ -62,6 +62,7 @@ class Record:
     outputs: list[list[int]] = field(default_factory=list)
     tagged: list[Token] = field(default_factory=list)
     turn_seconds: list[float] = field(default_factory=list)
+    turn_rounds: list[int] = field(default_factory=list)
     seed: int = 0
     batch: int | None = None
     log_likelihood: float | None = None
@@ -72,7 +73,9 @@ class Record:
         self.tokens += len(output)
         self.outputs.append(output)
         self.tagged += tagged
-        self.accept_lengths += round_lengths(tagged)
+        rounds = round_lengths(tagged)
+        self.accept_lengths += rounds
+        self.turn_rounds.append(len(rounds) if tagged else len(output))
         relaxed = [token.regret for token in tagged if token.tag == "relaxed"]
         self.relaxed += len(relaxed)
         self.regret += sum(relaxed)
@@ -80,6 +83,11 @@ class Record:
         self.seconds += times.seconds
         self.target_seconds += times.target
         self.draft_seconds += times.draft
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Record:
+        """The inverse of `asdict`, through JSON."""
+        return cls(**{**data, "tagged": [Token(*token) for token in data["tagged"]]})
 
 
 class Times(NamedTuple):
@@ -207,8 +215,11 @@ def run(
     return records
 
 
-def interval(base: list[Record], ours: list[Record], seed: int) -> tuple[float, list[float]]:
-    """Ratio of pooled tokens per second, and its 95 % interval: paired bootstrap over prompts, or over batches of them."""
+def interval(base: list[Record], ours: list[Record], seed: int) -> tuple[float, list[float] | None]:
+    """Ratio of pooled tokens per second, and its 95 % interval: paired bootstrap over prompts, or over batches of them.
+
+    A single one has no interval; so with `mean_interval`.
+    """
     batches: dict[object, np.ndarray] = {}
     for i, (b, o) in enumerate(zip(base, ours, strict=True)):
         key = ("alone", i) if o.batch is None else o.batch
@@ -218,18 +229,26 @@ def interval(base: list[Record], ours: list[Record], seed: int) -> tuple[float, 
     def ratio(sums: np.ndarray) -> np.ndarray:
         return (sums[..., 2] / sums[..., 3]) / (sums[..., 0] / sums[..., 1])
 
-    picks = np.random.default_rng(seed).integers(len(data), size=(_BOOTSTRAP, len(data)))
-    low, high = np.quantile(ratio(data[picks].sum(1)), [0.025, 0.975])
-    return float(ratio(data.sum(0))), [round(float(low), 3), round(float(high), 3)]
+    bounds = _bounds(ratio(_resampled(data, seed)), 3) if len(data) > 1 else None
+    return float(ratio(data.sum(0))), bounds
 
 
-def mean_interval(values: Sequence[float], weights: Sequence[float], seed: int) -> tuple[float, list[float]]:
+def mean_interval(values: Sequence[float], weights: Sequence[float], seed: int) -> tuple[float, list[float] | None]:
     """Sum of `values` over sum of `weights`, one of each per prompt, and the 95 % interval: bootstrap over prompts."""
     data = np.array([values, weights], float).T
+    sums = _resampled(data, seed)
+    bounds = _bounds(sums[:, 0] / sums[:, 1], 4) if len(data) > 1 else None
+    return float(data[:, 0].sum() / data[:, 1].sum()), bounds
+
+
+def _resampled(data: np.ndarray, seed: int) -> np.ndarray:
+    """Column sums [S, C] of S samples of the rows of `data` [N, C], drawn with replacement."""
     picks = np.random.default_rng(seed).integers(len(data), size=(_BOOTSTRAP, len(data)))
-    sums = data[picks].sum(1)
-    low, high = np.quantile(sums[:, 0] / sums[:, 1], [0.025, 0.975])
-    return float(data[:, 0].sum() / data[:, 1].sum()), [round(float(low), 4), round(float(high), 4)]
+    return data[picks].sum(1)
+
+
+def _bounds(values: np.ndarray, digits: int) -> list[float]:
+    return [round(float(v), digits) for v in np.quantile(values, [0.025, 0.975])]
 
 
 def by_position(lengths: Sequence[int]) -> list[float]:

@@ -11,7 +11,7 @@ import warnings
 from dataclasses import fields
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args, get_origin
 
 import docstring_parser
 from datasets.utils import logging as datasets_logging
@@ -58,15 +58,24 @@ def _parser() -> ArgumentParser:
             sub.add_class_arguments(Recipe, as_group=False)
             sub.add_argument("--out", type=Path, required=True, help="folder of the run")
         else:
-            flags: set[str | int] = {
-                p.name for p in inspect.signature(function).parameters.values() if p.default is False
-            }
-            sub.add_function_arguments(function, as_group=False, skip=flags)
-            for about in docstring_parser.parse(function.__doc__ or "").params:
-                if about.arg_name in flags:  # jsonargparse would want a value
-                    sub.add_argument(f"--{about.arg_name}", action="store_true", help=about.description)
+            _add_options(sub, function)
         commands.add_subcommand(name, sub, help=summary)
     return parser
+
+
+def _add_options(parser: ArgumentParser, function: Callable[..., None]) -> None:
+    """A command's parameters as options: flags take no value, lists take several."""
+    parameters = inspect.signature(function, eval_str=True).parameters
+    texts = {about.arg_name: about.description for about in docstring_parser.parse(function.__doc__ or "").params}
+    flags = {name for name, p in parameters.items() if p.default is False}
+    lists = {name: p for name, p in parameters.items() if get_origin(p.annotation) is list}
+    parser.add_function_arguments(function, as_group=False, skip={*flags, *lists})  # these would want a value, brackets
+    for name in parameters:
+        if name in flags:
+            parser.add_argument(f"--{name}", action="store_true", help=texts[name])
+        if name in lists:
+            (kind,), default = get_args(lists[name].annotation), lists[name].default
+            parser.add_argument(f"--{name}", nargs="+", type=kind, default=default, help=texts[name])
 
 
 def _known(command: str | None) -> list[str]:
