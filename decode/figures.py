@@ -140,7 +140,9 @@ def _plot_acceptance(rows: list[Row]) -> Plot | None:
         axes.set_axis_off()
     figure.supxlabel("draft position", fontsize=9)
     handles = {text: handle for axes in panels for handle, text in zip(*axes.get_legend_handles_labels(), strict=True)}
-    figure.legend(handles.values(), handles.keys(), loc="outside upper left", ncols=3)
+    columns = 3 if max(map(len, handles)) <= 16 else 1
+    figure.set_figheight(figure.get_figheight() + 0.17 * max(0, -(-len(handles) // columns) - 2))
+    figure.legend(handles.values(), handles.keys(), loc="outside upper left", ncols=columns)
     return figure, "Lines, acceptance at draft positions 1, 2, 3 and on: " + "; ".join(said)
 
 

@@ -104,6 +104,7 @@ def evaluate(decoders: Mapping[str, Decoder], rows: Sequence[Row], plan: Plan, o
         "rows": [row for setting in plan.settings for row in _rows(decoders, plan, setting, records[setting])],
         **({"policy": first.policy.to_dict()} if len(decoders) == 1 else {}),
         **({"policies": {k: v.policy.to_dict() for k, v in decoders.items()}} if len(decoders) > 1 else {}),
+        **({"drafts": short_names(list(decoders))} if len(decoders) > 1 else {}),
         **({"sandbox": isolation().to_dict()} if plan.score and any("test" in row for row in rows) else {}),
         "distributions": signal_samples(target, rows, baseline),
         "samples": [
@@ -173,6 +174,7 @@ def _check_lengths(target: Target, rows: Sequence[Row]) -> None:
 
 def _rows(decoders: Mapping[str, Decoder], plan: Plan, setting: Setting, groups: Groups) -> list[Row]:
     """Rows of `results.json` for one setting: the baselines once, then each draft's rules."""
+    short = short_names(list(decoders))
     rest = iter(groups[len(BASELINES) :])
     checked = setting.temperature == 0 and next(iter(decoders.values())).target.dtype == torch.float32
     out: list[Row] = []
@@ -189,7 +191,7 @@ def _rows(decoders: Mapping[str, Decoder], plan: Plan, setting: Setting, groups:
                 {
                     **row,
                     "batch_size": setting.batch_size,
-                    "draft": draft if len(decoders) > 1 and row["rule"] not in BASELINES else None,
+                    "draft": short[draft] if len(decoders) > 1 and row["rule"] not in BASELINES else None,
                     "agreement": agreement(strict, group, plan.seed) if setting.temperature == 0 else None,
                     **likelihood(group, plan.seed),
                     "regret_quantiles": regret_quantiles(group),
@@ -199,8 +201,21 @@ def _rows(decoders: Mapping[str, Decoder], plan: Plan, setting: Setting, groups:
     return out
 
 
+def short_names(drafts: Sequence[str]) -> dict[str, str]:
+    """Each draft's path without what all of them begin and end with: runs/a/draft and runs/b/draft are `a` and `b`."""
+    parts = {draft: draft.split("/") for draft in drafts}
+    while len(parts) > 1 and all(len(p) > 1 for p in parts.values()) and len({p[0] for p in parts.values()}) == 1:
+        parts = {draft: p[1:] for draft, p in parts.items()}
+    while len(parts) > 1 and all(len(p) > 1 for p in parts.values()) and len({p[-1] for p in parts.values()}) == 1:
+        parts = {draft: p[:-1] for draft, p in parts.items()}
+    return {draft: "/".join(p) for draft, p in parts.items()}
+
+
 def _name(contender: Contender, decoders: Mapping[str, Decoder]) -> str:
-    return contender.rule if contender.draft is None or len(decoders) == 1 else f"{contender.draft} {contender.rule}"
+    """The rule, behind its draft where there are several."""
+    if contender.draft is None or len(decoders) == 1:
+        return contender.rule
+    return f"{short_names(list(decoders))[contender.draft]} {contender.rule}"
 
 
 def _texts(target: Target, record: Record) -> list[str]:
