@@ -29,7 +29,7 @@ def common_prefix(first: Sequence[Sequence[int]], second: Sequence[Sequence[int]
 
 
 def agreement(strict: Sequence[Record], ours: Sequence[Record], seed: int) -> dict[str, Any]:
-    """How much of the target's own greedy output a rule gave, each with its 95 % interval over prompts.
+    """How much of the strict greedy output a rule gave, each with its 95 % interval over prompts.
 
     `exact_match`: share of prompts with the same tokens. `common_prefix`: tokens before the first difference as a share
     of the longer output, mean over prompts. `equal_tokens`: the same share, pooled over all tokens.

@@ -57,10 +57,7 @@ def score_records(
 
 
 def score_means(base: Sequence[Record], ours: Sequence[Record], seed: int) -> dict[str, dict[str, Any]]:
-    """Each score's mean with its 95 % interval over prompts, how it differs from the target's own, and answer lengths.
-
-    `difference` is over the same prompts as the target's own (`base`), its interval paired.
-    """
+    """Each score's mean with its 95 % interval over prompts, its paired difference to `base`, and answer lengths."""
     out = {}
     for name in dict.fromkeys(name for r in ours for name in r.scores):
         pairs = [(b, o) for b, o in zip(base, ours, strict=True) if name in o.scores]

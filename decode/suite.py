@@ -173,7 +173,11 @@ def _check_lengths(target: Target, rows: Sequence[Row]) -> None:
 
 
 def _rows(decoders: Mapping[str, Decoder], plan: Plan, setting: Setting, groups: Groups) -> list[Row]:
-    """Rows of `results.json` for one setting: the baselines once, then each draft's rules."""
+    """Rows of `results.json` for one setting: the baselines once, then each draft's rules.
+
+    A lossy rule is compared with `exact` under the same draft, where that was measured: up to the first relaxed token the
+    two compute the same forwards, so that rounding does not count as relaxation. All else is compared with `generate`.
+    """
     short = short_names(list(decoders))
     rest = iter(groups[len(BASELINES) :])
     checked = setting.temperature == 0 and next(iter(decoders.values())).target.dtype == torch.float32
@@ -183,15 +187,18 @@ def _rows(decoders: Mapping[str, Decoder], plan: Plan, setting: Setting, groups:
         mine = [*groups[: len(BASELINES)], *(next(rest) for _ in names[len(BASELINES) :])]
         identical = identical_outputs(mine, names) if checked else None
         rows = result_rows(decoder, names, mine, temperature=setting.temperature, seed=plan.seed, identical=identical)
-        compared = [(chosen[0], group) for chosen in by_task(mine).values() for group in chosen]
-        for row, (strict, group) in zip(rows, compared, strict=True):
+        pairs = [(chosen, group) for chosen in by_task(mine).values() for group in chosen]
+        for row, (chosen, group) in zip(rows, pairs, strict=True):
             if place and row["rule"] in BASELINES:
                 continue
+            judge = "autoregressive" if row["lossless"] or "exact" not in names else "exact"
+            strict = chosen[names.index(judge)]
             out.append(
                 {
                     **row,
                     "batch_size": setting.batch_size,
                     "draft": short[draft] if len(decoders) > 1 and row["rule"] not in BASELINES else None,
+                    "compared_with": judge,
                     "agreement": agreement(strict, group, plan.seed) if setting.temperature == 0 else None,
                     **likelihood(group, plan.seed),
                     "regret_quantiles": regret_quantiles(group),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from slipstream.decode.figures import pooled, rule_name
+from slipstream.decode.figures import NAMES, pooled, rule_name
 from slipstream.decode.report import markdown_line, markdown_rows
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def _positions(rows: Sequence[Row]) -> str:
 
 
 def _fidelity(rows: Sequence[Row]) -> str:
-    """Agreement with the target's own output, likelihood of the output, and the tail of the regret."""
+    """Agreement with the strict output, likelihood of the output, and the tail of the regret."""
     lines = []
     for row in rows:
         same, tail = row["agreement"], row["regret_quantiles"]
@@ -48,8 +48,8 @@ def _fidelity(rows: Sequence[Row]) -> str:
         likely = f"{row['log_likelihood']:.3f}{_span(row['log_likelihood_ci95'], '.3f')}"
         costs = " / ".join(f"{value:.2f}" for value in tail.values()) if tail else "–"
         mean = f"{row['mean_regret_nats']:.4f}"
-        lines.append([*_place(row), *shares, likely, mean, costs, f"{row['mean_output_tokens']:.0f}"])
-    names = ["Task", "Rule", "T", "Same answers", "Common prefix", "Tokens before the first difference"]
+        lines.append([*_place(row), _judge(row), *shares, likely, mean, costs, f"{row['mean_output_tokens']:.0f}"])
+    names = ["Task", "Rule", "T", "Compared with", "Same answers", "Common prefix", "The same, pooled"]
     names += [
         "Log-likelihood (nats/token)",
         "Regret (nats/token)",
@@ -59,15 +59,25 @@ def _fidelity(rows: Sequence[Row]) -> str:
 
 
 def _scores(rows: Sequence[Row], sandbox: dict[str, bool] | None) -> str:
-    """Every score with its interval, its difference to the target's own, and the length of the answers."""
+    """Every score with its interval, its difference to the strict output's, and the length of the answers."""
     lines = []
     for row in rows:
         for name, score in row["scores"].items():
             change = f"{score['difference']:+.3f}{_span(score['difference_ci95'], '+.3f')}"
             mean = f"{score['mean']:.3f}{_span(score['ci95'], '.3f')}"
             length, prompts = f"{score['mean_output_tokens']:.0f}", f"{score['prompts']}"
-            lines.append([row["task"], name, *_place(row)[1:], mean, change, length, prompts])
-    names = ["Task", "Score", "Rule", "T", "Mean (95 %)", "Over the target's own (95 %)", "Answer length", "Prompts"]
+            lines.append([row["task"], name, *_place(row)[1:], mean, _judge(row), change, length, prompts])
+    names = [
+        "Task",
+        "Score",
+        "Rule",
+        "T",
+        "Mean (95 %)",
+        "Compared with",
+        "Difference (95 %)",
+        "Answer length",
+        "Prompts",
+    ]
     held = ""
     if sandbox:
         network = "without a network" if sandbox["network"] else "not isolated from the network"
@@ -78,6 +88,10 @@ def _scores(rows: Sequence[Row], sandbox: dict[str, bool] | None) -> str:
 
 def _place(row: Row) -> list[str]:
     return [row["task"], rule_name(row), f"{row['temperature']:g}"]
+
+
+def _judge(row: Row) -> str:
+    return NAMES[row["compared_with"]]
 
 
 def _share(same: Row, name: str) -> str:
@@ -93,5 +107,7 @@ def _table(names: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     """A Markdown table; nothing where it has no lines."""
     if not lines:
         return ""
-    ruler = "|" + "|".join("---" if name in ("Task", "Rule", "Score") else "--:" for name in names) + "|"
+    ruler = (
+        "|" + "|".join("---" if name in ("Task", "Rule", "Score", "Compared with") else "--:" for name in names) + "|"
+    )
     return "\n".join([markdown_line(names), ruler, *map(markdown_line, lines)]) + "\n"

@@ -19,8 +19,9 @@ import slipstream
 from slipstream.cli import main
 from slipstream.configs.errors import SlipstreamError
 from slipstream.decode import plan as plan_module
+from slipstream.decode import suite
 from slipstream.decode.evaluate import Record, Times, answer_batch, by_task, interval
-from slipstream.decode.plan import Plan
+from slipstream.decode.plan import Plan, measure
 from slipstream.decode.policy import Policy
 from slipstream.decode.suite import evaluate, short_names
 from slipstream.decode.tasks import read_tasks
@@ -102,6 +103,7 @@ def test_exact_gives_the_targets_tokens_alone_and_in_batches(results):
             assert row["regret_quantiles"] is None
         if row["temperature"] == 1:
             assert row["agreement"] is None
+        assert row["compared_with"] == ("autoregressive" if row["lossless"] else "exact")
 
 
 def test_draws_do_not_depend_on_the_batch(answers):
@@ -146,6 +148,20 @@ def test_scores_stand_in_rows_and_table_with_length_and_sandbox(run, results):
     assert "mars" not in lossless
     assert all(line.count("|") == block.splitlines()[0].count("|")
                for block in table.split("\n\n") if block.startswith("| ") for line in block.splitlines())  # fmt: skip
+
+
+def test_a_lossy_rule_agrees_with_exact_up_to_its_first_relaxed_token(decoders, files, tmp_path):
+    rows = read_tasks(files[:1], 1)
+    plan = Plan(rules=("exact", "mars:margin=3"), max_new_tokens=30)
+    with pytest.MonkeyPatch.context() as patch:
+        seen = []
+        patch.setattr(suite, "measure", lambda *given: seen.append(measure(*given)) or seen[0])
+        results = evaluate({"one": decoders["one"]}, rows, plan, tmp_path)
+    (groups,) = seen[0].values()
+    tags = [token.tag for token in groups[3][0].tagged]
+    row = results["rows"][3]
+    assert row["agreement"]["common_prefix"] >= round(tags.index("relaxed") / len(tags), 4)
+    assert row["agreement"]["exact_match"] == 0
 
 
 class InterruptedRunError(Exception):
