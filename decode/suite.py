@@ -74,7 +74,8 @@ def evaluate(decoders: Mapping[str, Decoder], rows: Sequence[Row], plan: Plan, o
         out: An existing folder.
 
     Raises:
-        SlipstreamError: If a prompt does not fit, or `out` holds the beginning of another run.
+        SlipstreamError: If a prompt does not fit, `out` holds the beginning of another run, or programs cannot be scored
+            here.
     """
     first = next(iter(decoders.values()))
     target = first.target
@@ -85,6 +86,7 @@ def evaluate(decoders: Mapping[str, Decoder], rows: Sequence[Row], plan: Plan, o
         for rule in (plan.rules if draft != "none" else ())
     ]
     _check_lengths(target, rows)
+    sandbox = isolation() if plan.score and any("test" in row for row in rows) else None  # or an error, before the work
     begun = {
         "target": target.name,
         "dtype": str(target.dtype),
@@ -102,10 +104,8 @@ def evaluate(decoders: Mapping[str, Decoder], rows: Sequence[Row], plan: Plan, o
         **header(target, ", ".join(decoders), plan.seed),
         "plan": asdict(plan),
         "rows": [row for setting in plan.settings for row in _rows(decoders, plan, setting, records[setting])],
-        **({"policy": first.policy.to_dict()} if len(decoders) == 1 else {}),
-        **({"policies": {k: v.policy.to_dict() for k, v in decoders.items()}} if len(decoders) > 1 else {}),
-        **({"drafts": short_names(list(decoders))} if len(decoders) > 1 else {}),
-        **({"sandbox": isolation().to_dict()} if plan.score and any("test" in row for row in rows) else {}),
+        **_policies(decoders),
+        **({"sandbox": sandbox.to_dict()} if sandbox else {}),
         "distributions": signal_samples(target, rows, baseline),
         "samples": [
             sample(target, rows[0], _name(contender, decoders), group[0])
@@ -206,6 +206,14 @@ def _rows(decoders: Mapping[str, Decoder], plan: Plan, setting: Setting, groups:
                 }
             )
     return out
+
+
+def _policies(decoders: Mapping[str, Decoder]) -> dict[str, Any]:
+    """How the drafts were used; of several, which short name stands for which."""
+    policies = {draft: decoder.policy.to_dict() for draft, decoder in decoders.items()}
+    if len(policies) == 1:
+        return {"policy": next(iter(policies.values()))}
+    return {"policies": policies, "drafts": short_names(list(decoders))}
 
 
 def short_names(drafts: Sequence[str]) -> dict[str, str]:
