@@ -12,7 +12,7 @@ from jsonargparse import auto_cli
 
 import slipstream
 from slipstream.data.template import encode_prompt
-from slipstream.decode.evaluate import read_prompts
+from slipstream.decode.tasks import read_prompts
 from slipstream.decode.tree import make_tree
 from slipstream.decode.verify import Verifier, verify
 

@@ -20,9 +20,11 @@ from slipstream.configs.progress import progress
 from slipstream.data.template import encode_prompt
 from slipstream.decode.drafters import NGramDrafter
 from slipstream.decode.engine import Decoder
-from slipstream.decode.evaluate import Record, answer, interval, read_prompts
+from slipstream.decode.evaluate import Record, answer, interval
+from slipstream.decode.figures import interval_text
 from slipstream.decode.policy import Policy
 from slipstream.decode.speculation import Speculation
+from slipstream.decode.tasks import read_prompts
 from slipstream.decode.tree import TreeShape
 from slipstream.distill.target import Target
 
@@ -46,11 +48,11 @@ def _look_up(target: Target, row: dict[str, Any], max_new_tokens: int) -> Record
 def _line(name: str, base: list[Record], undrafted: list[Record], records: list[Record]) -> str:
     tokens, seconds = sum(r.tokens for r in records), sum(r.seconds for r in records)
     lengths = [n for r in records for n in r.accept_lengths]
-    speed, (low, high) = interval(base, records, 0)
+    speed, span = interval(base, records, 0)
     target, draft = (sum(getattr(r, f"{who}_seconds") for r in records) / seconds for who in ("target", "draft"))
     split = f"{target:.0%} / {draft:.0%} / {1 - target - draft:.1%}" if target else "-"
     return (
-        f"| {name} | {tokens / seconds:.1f} | {speed:.2f} [{low:.2f}, {high:.2f}] | "
+        f"| {name} | {tokens / seconds:.1f} | {speed:.2f} [{interval_text(span)}] | "
         f"{interval(undrafted, records, 0)[0]:.2f} | {np.mean(lengths) if lengths else 1.0:.2f} | "
         f"{sum(r.regret for r in records) / tokens:.4f} | {split} |"
     )

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
+import itertools
 import time
 from dataclasses import dataclass, field
-from importlib.resources import files
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,14 +16,13 @@ from slipstream.configs.progress import progress
 from slipstream.data.template import encode_prompt
 from slipstream.decode.drafters import NoDrafter
 from slipstream.decode.engine import Decoder
-from slipstream.decode.verify import Verifier
+from slipstream.decode.verify import Token, Verifier
 from slipstream.distill.objectives import forward_kl
 from slipstream.distill.unroll import unroll
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from slipstream.decode.verify import Token
     from slipstream.distill.draft import DraftHead
     from slipstream.distill.target import Target
 
@@ -35,7 +32,24 @@ _BOOTSTRAP = 2000
 
 @dataclass
 class Record:
-    """What one rule did on one prompt, all turns together."""
+    """What one rule did on one prompt, all turns together.
+
+    Attributes:
+        task: What the prompt belongs to; `mt_bench/writing` belongs to `mt_bench` too.
+        tokens: New tokens.
+        seconds: Of a batch each prompt bears an equal share; so with the target's and the draft's part.
+        accept_lengths: Tokens emitted in each round, the bonus included.
+        relaxed: Tokens accepted by relaxation.
+        regret: Sum of their log p(top) - log p(token), nats.
+        outputs: New token ids of each turn.
+        tagged: The tokens of all turns; empty for transformers' own `generate`.
+        turn_seconds: Seconds of each turn.
+        turn_rounds: Rounds of each turn; for transformers' own `generate` its tokens.
+        seed: Of the draws.
+        batch: Number of the batch it was answered in; None where it was alone.
+        log_likelihood: Of the outputs under the target, nats; None where it was not measured.
+        scores: The answer's scores by their names.
+    """
 
     task: str
     tokens: int = 0
@@ -47,93 +61,132 @@ class Record:
     regret: float = 0.0
     outputs: list[list[int]] = field(default_factory=list)
     tagged: list[Token] = field(default_factory=list)
+    turn_seconds: list[float] = field(default_factory=list)
+    turn_rounds: list[int] = field(default_factory=list)
+    seed: int = 0
+    batch: int | None = None
+    log_likelihood: float | None = None
+    scores: dict[str, float] = field(default_factory=dict)
+
+    def add(self, output: list[int], tagged: list[Token], times: Times) -> None:
+        """Add a turn."""
+        self.tokens += len(output)
+        self.outputs.append(output)
+        self.tagged += tagged
+        rounds = round_lengths(tagged)
+        self.accept_lengths += rounds
+        self.turn_rounds.append(len(rounds) if tagged else len(output))
+        relaxed = [token.regret for token in tagged if token.tag == "relaxed"]
+        self.relaxed += len(relaxed)
+        self.regret += sum(relaxed)
+        self.turn_seconds.append(times.seconds)
+        self.seconds += times.seconds
+        self.target_seconds += times.target
+        self.draft_seconds += times.draft
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Record:
+        """The inverse of `asdict`, through JSON."""
+        return cls(**{**data, "tagged": [Token(*token) for token in data["tagged"]]})
 
 
-def read_prompts(path: str | Path | None = None, limit: int | None = None) -> list[dict[str, Any]]:
-    """Spec-Bench rows (`question_id, category, turns`) from a JSONL file; None reads the shipped held-out prompts.
+class Times(NamedTuple):
+    """Seconds of one turn, and the parts that target and draft took."""
 
-    Raises:
-        SlipstreamError: If the file is missing, or a row lacks its turns.
+    seconds: float
+    target: float
+    draft: float
+
+
+def round_lengths(tokens: Sequence[Token]) -> list[int]:
+    """Tokens emitted in each round of one row; the first token comes from the prompt's own forward.
+
+    A round ends with its bonus. Worked example: tags `bonus, exact, bonus, bonus, exact` are rounds of 2, 1 and, cut
+    short by the end, 1.
     """
-    file = Path(path).expanduser() if path is not None else Path(str(files("slipstream.data") / "prompts.jsonl"))
-    if not file.is_file():
-        raise SlipstreamError(f"prompts {str(file)!r} do not exist")
-    rows = []
-    if limit is not None and limit < 1:
-        raise SlipstreamError(f"limit must be at least 1, not {limit}")
-    try:
-        text = file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise SlipstreamError(f"{file} is not UTF-8") from error
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise SlipstreamError(f"{file}:{number}: not JSON: {error.msg}") from error
-        turns = row.get("turns") if isinstance(row, dict) else None
-        if not isinstance(turns, list) or not turns or not all(isinstance(turn, str) for turn in turns):
-            raise SlipstreamError(f'{file}:{number}: needs "turns", a list of user messages')
-        rows.append({"question_id": number, "category": "", **row})
-    if not rows:
-        raise SlipstreamError(f"{file} holds no prompts")
-    return rows[:limit]
+    ends = [i for i, token in enumerate(tokens) if token.tag == "bonus"]
+    if tokens and (not ends or ends[-1] < len(tokens) - 1):
+        ends.append(len(tokens) - 1)
+    return [end - before for before, end in itertools.pairwise(ends)]
 
 
-def tuning_prompts() -> list[dict[str, Any]]:
-    """The prompts that ship for tuning; none of them is among those for measuring."""
-    return read_prompts(str(files("slipstream.data") / "prompts_tune.jsonl"))
-
-
-def _autoregressive(target: Target, ids: Tensor, max_new_tokens: int, temperature: float) -> tuple[list[int], float]:
-    """transformers' own `generate`; new tokens and seconds."""
+def _autoregressive(
+    target: Target, prompts: list[list[int]], max_new_tokens: int, temperature: float, seed: int
+) -> tuple[list[list[int]], float]:
+    """transformers' own `generate`; new tokens of each prompt, and seconds."""
     options: dict[str, Any] = {"do_sample": temperature > 0}
     if temperature > 0:
         options |= {"temperature": temperature, "top_k": 0, "top_p": 1.0}
+        torch.manual_seed(seed)
+    ids, mask = _padded(prompts, target)
     begun = time.perf_counter()
-    out = target.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, **options)
-    return out[0, ids.shape[1] :].tolist(), time.perf_counter() - begun
+    out = target.model.generate(ids, attention_mask=mask, max_new_tokens=max_new_tokens, **options)
+    seconds = time.perf_counter() - begun
+    stops = set(target.stop_ids())
+    rows = []
+    for row in out[:, ids.shape[1] :].tolist():  # behind a row's end stands padding
+        end = next((i for i, token in enumerate(row) if token in stops), len(row) - 1)
+        rows.append(row[: end + 1])
+    return rows, seconds
 
 
-def answer(
+def _padded(prompts: list[list[int]], target: Target) -> tuple[Tensor, Tensor]:
+    """Prompts and their mask, [B, n], padded on the left."""
+    width = max(map(len, prompts))
+    ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts], device=target.device)
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=target.device)
+    return ids, mask
+
+
+def answer_batch(
     decoder: Decoder,
     rule: str | Verifier,
-    row: dict[str, Any],
+    rows: Sequence[dict[str, Any]],
     *,
     max_new_tokens: int,
     temperature: float = 0.0,
     seed: int = 0,
-    task: str = "all",
-) -> Record:
-    """Answer all turns of one prompt row under a rule; each turn sees the rule's own answers to the turns before."""
+) -> list[Record]:
+    """Answer all turns of several prompt rows together; each turn sees the rule's own answers to the turns before.
+
+    Row b draws from seed + b; rows with more turns should come first, for a row that has ended leaves its place.
+    """
     target = decoder.target
     tokenizer = target.chat_tokenizer
-    record = Record(task)
-    messages: list[dict[str, str]] = []
-    undrafted = Decoder(target, NoDrafter())
-    for turn in row["turns"]:
-        messages.append({"role": "user", "content": turn})
-        ids = torch.tensor([encode_prompt(tokenizer, messages)], device=target.device)
+    records = [Record(row.get("task") or row.get("category") or "all", seed=seed + i) for i, row in enumerate(rows)]
+    chats: list[list[dict[str, str]]] = [[] for _ in rows]
+    engine, verify = (Decoder(target, NoDrafter()), "exact") if rule == "engine" else (decoder, rule)
+    for turn in range(max(len(row["turns"]) for row in rows)):
+        going = [i for i, row in enumerate(rows) if turn < len(row["turns"])]
+        for i in going:
+            chats[i].append({"role": "user", "content": rows[i]["turns"][turn]})
+        prompts = [encode_prompt(tokenizer, chats[i]) for i in going]
+        tagged: list[list[Token]] = [[] for _ in going]
         if rule == "autoregressive":
-            output, seconds = _autoregressive(target, ids, max_new_tokens, temperature)
-            record.seconds += seconds
-            record.target_seconds += seconds
+            outputs, seconds = _autoregressive(target, prompts, max_new_tokens, temperature, seed)
+            spent = Times(seconds, seconds, 0.0)
         else:
-            engine, verify = (undrafted, "exact") if rule == "engine" else (decoder, rule)
-            out = engine.generate(ids, max_new_tokens=max_new_tokens, temperature=temperature, verify=verify, seed=seed)
-            output = [token.id for token in out.tokens]
-            record.tagged += out.tokens
-            record.seconds += out.stats.seconds
-            record.target_seconds += out.stats.target_seconds
-            record.draft_seconds += out.stats.draft_seconds
-            record.accept_lengths += out.stats.accept_lengths
-            record.relaxed += out.stats.relaxed
-            record.regret += out.stats.regret
-        record.tokens += len(output)
-        record.outputs.append(output)
-        messages.append({"role": "assistant", "content": tokenizer.decode(output, skip_special_tokens=True)})
-    return record
+            ids, mask = _padded(prompts, target)
+            out = engine.generate(
+                ids,
+                attention_mask=mask,
+                max_new_tokens=max_new_tokens,
+                temperature=temperature,
+                verify=verify,
+                seed=seed,
+            )
+            tagged, outputs = out.rows, [[token.id for token in row] for row in out.rows]
+            spent = Times(out.stats.seconds, out.stats.target_seconds, out.stats.draft_seconds)
+        share = Times(*(part / len(going) for part in spent))
+        for i, output, tokens in zip(going, outputs, tagged, strict=True):
+            records[i].add(output, tokens, share)
+            chats[i].append({"role": "assistant", "content": tokenizer.decode(output, skip_special_tokens=True)})
+    return records
+
+
+def answer(decoder: Decoder, rule: str | Verifier, row: dict[str, Any], **options: Any) -> Record:
+    """`answer_batch` on one prompt row."""
+    return answer_batch(decoder, rule, [row], **options)[0]
 
 
 def run(
@@ -154,27 +207,48 @@ def run(
     records: list[list[Record]] = [[] for _ in rules]
     with progress(label, len(rules) * len(prompts), "answers") as advance:
         for row in prompts:
-            task = row.get("category") or "all"
             for place, rule in zip(records, rules, strict=True):
                 place.append(
-                    answer(
-                        decoder, rule, row, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, task=task
-                    )
+                    answer(decoder, rule, row, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
                 )
                 advance()
     return records
 
 
-def interval(base: list[Record], ours: list[Record], seed: int) -> tuple[float, list[float]]:
-    """Ratio of pooled tokens per second, and its 95 % interval: paired bootstrap over prompts."""
-    data = np.array([[b.tokens, b.seconds, o.tokens, o.seconds] for b, o in zip(base, ours, strict=True)])
+def interval(base: list[Record], ours: list[Record], seed: int) -> tuple[float, list[float] | None]:
+    """Ratio of pooled tokens per second, and its 95 % interval: paired bootstrap over prompts, or over batches of them.
+
+    A single one has no interval; so with `mean_interval`.
+    """
+    batches: dict[object, np.ndarray] = {}
+    for i, (b, o) in enumerate(zip(base, ours, strict=True)):
+        key = ("alone", i) if o.batch is None else o.batch
+        batches[key] = batches.get(key, 0) + np.array([b.tokens, b.seconds, o.tokens, o.seconds])
+    data = np.array(list(batches.values()))
 
     def ratio(sums: np.ndarray) -> np.ndarray:
         return (sums[..., 2] / sums[..., 3]) / (sums[..., 0] / sums[..., 1])
 
+    bounds = _bounds(ratio(_resampled(data, seed)), 3) if len(data) > 1 else None
+    return float(ratio(data.sum(0))), bounds
+
+
+def mean_interval(values: Sequence[float], weights: Sequence[float], seed: int) -> tuple[float, list[float] | None]:
+    """Sum of `values` over sum of `weights`, one of each per prompt, and the 95 % interval: bootstrap over prompts."""
+    data = np.array([values, weights], float).T
+    sums = _resampled(data, seed)
+    bounds = _bounds(sums[:, 0] / sums[:, 1], 4) if len(data) > 1 else None
+    return float(data[:, 0].sum() / data[:, 1].sum()), bounds
+
+
+def _resampled(data: np.ndarray, seed: int) -> np.ndarray:
+    """Column sums [S, C] of S samples of the rows of `data` [N, C], drawn with replacement."""
     picks = np.random.default_rng(seed).integers(len(data), size=(_BOOTSTRAP, len(data)))
-    low, high = np.quantile(ratio(data[picks].sum(1)), [0.025, 0.975])
-    return float(ratio(data.sum(0))), [round(float(low), 3), round(float(high), 3)]
+    return data[picks].sum(1)
+
+
+def _bounds(values: np.ndarray, digits: int) -> list[float]:
+    return [round(float(v), digits) for v in np.quantile(values, [0.025, 0.975])]
 
 
 def by_position(lengths: Sequence[int]) -> list[float]:
@@ -182,6 +256,19 @@ def by_position(lengths: Sequence[int]) -> list[float]:
     counts = np.bincount(lengths, minlength=2)
     reached = counts[::-1].cumsum()[::-1] / max(1, len(lengths))
     return [round(float(v), 4) for v in reached[2:]]
+
+
+def by_task(records: list[list[Record]]) -> dict[str, list[list[Record]]]:
+    """The records of `run` by task: `all` first, then each task and what it belongs to, where there are several."""
+    names = ["all"]
+    for task in dict.fromkeys(r.task for r in records[0] if r.task != "all"):
+        parts = task.split("/")
+        names += ["/".join(parts[: i + 1]) for i in range(len(parts))]
+    names = list(dict.fromkeys(names))
+    return {
+        name: [[r for r in group if name == "all" or f"{r.task}/".startswith(f"{name}/")] for group in records]
+        for name in (names if len(names) > 2 else names[:1])
+    }
 
 
 def result_rows(
@@ -197,10 +284,8 @@ def result_rows(
 
     Each category is a task of its own where there are several; the task `all` pools them and comes first.
     """
-    tasks = ["all", *dict.fromkeys(r.task for r in records[0] if r.task != "all")]
     out = []
-    for task in tasks if len(tasks) > 2 else tasks[:1]:
-        chosen = [[r for r in group if task in ("all", r.task)] for group in records]
+    for task, chosen in by_task(records).items():
         for rule, group in zip(rules, chosen, strict=True):
             verifier = decoder.policy.rule(rule) if rule not in BASELINES else Verifier()
             name = rule if isinstance(rule, str) else verifier.label

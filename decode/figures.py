@@ -73,9 +73,10 @@ def pooled(results: dict[str, Any]) -> list[Row]:
 
 
 def rule_name(row: Row) -> str:
-    """A rule as people read it, with the threshold of a relaxed one."""
-    name, verifier = str(NAMES.get(row["rule"], row["rule"])), row.get("verifier")
-    return f"{name}, {verifier['signal']} {verifier['threshold']:g}" if row["rule"] == "mars" and verifier else name
+    """A rule as people read it, with the threshold of a relaxed one, and its draft and batch where they tell it apart."""
+    name, verifier, batch = str(NAMES.get(row["rule"], row["rule"])), row.get("verifier"), row.get("batch_size", 1)
+    threshold = f"{verifier['signal']} {verifier['threshold']:g}" if row["rule"] == "mars" and verifier else None
+    return ", ".join(filter(None, (name, threshold, row.get("draft"), f"batch {batch}" if batch > 1 else None)))
 
 
 def interval_text(bounds: Sequence[float] | None) -> str:
@@ -105,7 +106,7 @@ def _plot_speedup(rows: list[Row]) -> Plot | None:
             continue
         speed, hatch = row["speedup"], "" if row["lossless"] else "////"
         low, high = row["speedup_ci95"] or (speed, speed)
-        axes.barh(place, speed, 0.62, color=colours[row["rule"]], alpha=0.85, hatch=hatch, edgecolor="white")
+        axes.barh(place, speed, 0.62, color=colours[_kind(row)], alpha=0.85, hatch=hatch, edgecolor="white")
         axes.plot((low, high), (place, place), color=INK, marker="|", linewidth=1.2)
         axes.annotate(f"{speed:.2f}×", (max(high, speed), place), (6, 0), textcoords="offset points", va="center")
         reach = max(reach, speed, high)
@@ -129,10 +130,8 @@ def _plot_acceptance(rows: list[Row]) -> Plot | None:
         for row in (row for row in rows if _setting(row) == setting):
             shares = row["acceptance_by_position"]
             said.append(f"{row['task']} {rule_name(row)} " + ", ".join(f"{share:.0%}" for share in shares))
-            marker = MARKERS[list(colours).index(row["rule"]) % len(MARKERS)]
-            axes.plot(
-                range(1, len(shares) + 1), shares, marker=marker, color=colours[row["rule"]], label=rule_name(row)
-            )
+            marker = MARKERS[list(colours).index(_kind(row)) % len(MARKERS)]
+            axes.plot(range(1, len(shares) + 1), shares, marker=marker, color=colours[_kind(row)], label=rule_name(row))
         axes.set(title=setting if len(settings) > 1 else "", ylim=(0, 1.02))
         axes.tick_params(labelbottom=True)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -141,7 +140,9 @@ def _plot_acceptance(rows: list[Row]) -> Plot | None:
         axes.set_axis_off()
     figure.supxlabel("draft position", fontsize=9)
     handles = {text: handle for axes in panels for handle, text in zip(*axes.get_legend_handles_labels(), strict=True)}
-    figure.legend(handles.values(), handles.keys(), loc="outside upper left", ncols=3)
+    columns = 3 if max(map(len, handles)) <= 16 else 1
+    figure.set_figheight(figure.get_figheight() + 0.17 * max(0, -(-len(handles) // columns) - 2))
+    figure.legend(handles.values(), handles.keys(), loc="outside upper left", ncols=columns)
     return figure, "Lines, acceptance at draft positions 1, 2, 3 and on: " + "; ".join(said)
 
 
@@ -291,7 +292,12 @@ def _setting(row: Row) -> str:
     return f"{row['task']}, T = {row['temperature']:g}"
 
 
+def _kind(row: Row) -> str:
+    """What has a colour of its own: a rule, and a rule with another draft or batch size."""
+    return str(row["rule"]) if not row.get("draft") and row.get("batch_size", 1) == 1 else rule_name(row)
+
+
 def _colours(rows: list[Row]) -> dict[str, str]:
     """A colour per rule: a fixed one for the usual rules, spare ones in turn for the others."""
-    others = dict.fromkeys(row["rule"] for row in rows if row["rule"] not in COLOURS)
+    others = dict.fromkeys(_kind(row) for row in rows if _kind(row) not in COLOURS)
     return COLOURS | dict(zip(others, itertools.cycle(SPARE_COLOURS), strict=False))

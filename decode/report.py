@@ -72,16 +72,21 @@ def results_table(results: dict[str, Any]) -> Table:
 
 
 def markdown_table(results: dict[str, Any]) -> str:
-    """Tables for a model card; relaxed rules stand apart from the lossless ones."""
+    """Tables for a model card, over all tasks; relaxed rules stand apart from the lossless ones."""
+    return markdown_rows(pooled(results))
+
+
+def markdown_rows(rows: list[Row]) -> str:
+    """The same for any rows of `results.json`."""
     columns = {"task": "Task", "rule": "Rule", "temperature": "T", "rate": "Tokens/s", "speedup": "Speed-up"}
     columns |= {"interval": "95 % interval", "tau": "Acceptance length", "length": "Answer length"}
     blocks = []
-    for title, group in _grouped_cells(pooled(results)):
+    for title, group in _grouped_cells(rows):
         lossy = {"relaxed": "Relaxed tokens", "regret": "Regret (nats/token)"} if title.startswith("Relaxed") else {}
         shown = columns | lossy | {"output": "Output"}
-        lines = [f"**{title}**", "", _markdown_line(shown.values())]
+        lines = [f"**{title}**", "", markdown_line(shown.values())]
         lines.append("|" + "|".join("---" if key in WORDS else "--:" for key in shown) + "|")
-        lines += [_markdown_line(cells[key] for key in shown) for cells in group]
+        lines += [markdown_line(cells[key] for key in shown) for cells in group]
         blocks.append("\n".join(lines))
     return "\n\n".join(blocks) + "\n"
 
@@ -172,5 +177,6 @@ def _number(value: float | None, digits: int, unit: str = "") -> str:
     return "–" if value is None else f"{value:,.{digits}f}{unit}"
 
 
-def _markdown_line(cells: Iterable[str]) -> str:
+def markdown_line(cells: Iterable[str]) -> str:
+    """One line of a Markdown table."""
     return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"

@@ -1,26 +1,41 @@
-"""`slipstream evaluate`: all rules on a task file, into a folder."""
+"""`slipstream evaluate`: drafts, rules, temperatures and batch sizes on task files, into a folder; resumable."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from slipstream.configs.errors import SlipstreamError
 from slipstream.configs.files import write_atomic
 from slipstream.configs.progress import console
-from slipstream.decode.evaluate import BASELINES, Record, identical_outputs, result_rows, run
+from slipstream.data.template import encode_prompt
+from slipstream.decode.evaluate import BASELINES, by_task, identical_outputs, result_rows
+from slipstream.decode.fidelity import agreement, likelihood, measure_likelihood, regret_quantiles
+from slipstream.decode.plan import Contender, measure
 from slipstream.decode.report import results_table, write_report
+from slipstream.decode.sandbox import isolation
+from slipstream.decode.scores import score_means, score_records
 from slipstream.decode.signals import signal_samples
+from slipstream.decode.tables import card_tables
 from slipstream.distill.heads import versions
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from slipstream.decode.engine import Decoder
+    from slipstream.decode.evaluate import Record
+    from slipstream.decode.plan import Groups, Plan, Setting
     from slipstream.distill.target import Target
+
+    Row = dict[str, Any]
+
+_JOURNAL = "progress.jsonl"
 
 
 def header(target: Target, draft: str, seed: int) -> dict[str, Any]:
@@ -37,7 +52,7 @@ def header(target: Target, draft: str, seed: int) -> dict[str, Any]:
     }
 
 
-def sample(target: Target, row: dict[str, Any], rule: str, record: Record) -> dict[str, Any]:
+def sample(target: Target, row: Row, rule: str, record: Record) -> dict[str, Any]:
     """One answer, token by token, for the report."""
     tokenizer = target.chat_tokenizer
     tokens = [
@@ -46,60 +61,182 @@ def sample(target: Target, row: dict[str, Any], rule: str, record: Record) -> di
     return {"prompt": row["turns"][0], "rule": rule, "tokens": tokens}
 
 
+def evaluate(decoders: Mapping[str, Decoder], rows: Sequence[Row], plan: Plan, out: Path) -> dict[str, Any]:
+    """Measure what `plan` says, and write `results.json`, `answers.jsonl`, `table.md` and `report.html` into `out`.
+
+    Every finished answer is kept in `out/progress.jsonl` until all are there, so that the same call goes on after an
+    interruption.
+
+    Args:
+        decoders: By the name of their draft, over one target; the rules are left out for a draft named `none`.
+        rows: Of `read_tasks`; to be scored, they must have references.
+        plan: The grid.
+        out: An existing folder.
+
+    Raises:
+        SlipstreamError: If a prompt does not fit, `out` holds the beginning of another run, or programs cannot be scored
+            here.
+    """
+    first = next(iter(decoders.values()))
+    target = first.target
+    contenders = [Contender(rule, None, first) for rule in BASELINES]
+    contenders += [
+        Contender(rule, draft, decoder)
+        for draft, decoder in decoders.items()
+        for rule in (plan.rules if draft != "none" else ())
+    ]
+    _check_lengths(target, rows)
+    sandbox = isolation() if plan.score and any("test" in row for row in rows) else None  # or an error, before the work
+    begun = {
+        "target": target.name,
+        "dtype": str(target.dtype),
+        "drafts": {name: _digest(decoder.policy.to_dict()) for name, decoder in decoders.items()},
+        "prompts": _digest([[row["task"], row["turns"]] for row in rows]),
+        **{k: v for k, v in json.loads(json.dumps(asdict(plan))).items() if k != "score"},
+    }
+    records = measure(contenders, rows, plan, out / _JOURNAL, begun)
+    groups = [group for groups in records.values() for group in groups]
+    measure_likelihood(target, rows, groups)
+    if plan.score:
+        score_records(rows, [[_texts(target, r) for r in group] for group in groups], groups)
+    baseline, *_ = records[plan.settings[0]]
+    results = {
+        **header(target, ", ".join(decoders), plan.seed),
+        "plan": asdict(plan),
+        "rows": [row for setting in plan.settings for row in _rows(decoders, plan, setting, records[setting])],
+        **_policies(decoders),
+        **({"sandbox": sandbox.to_dict()} if sandbox else {}),
+        "distributions": signal_samples(target, rows, baseline),
+        "samples": [
+            sample(target, rows[0], _name(contender, decoders), group[0])
+            for contender, group in zip(contenders, records[plan.settings[0]], strict=True)
+            if contender.draft is not None
+        ],
+    }
+    write_atomic(out / "answers.jsonl", answer_lines(decoders, contenders, rows, plan, records))
+    write_atomic(out / "table.md", card_tables(results))
+    write_report(out / "report.html", results)
+    write_atomic(out / "results.json", json.dumps(results, indent=1))
+    for name in (_JOURNAL, f"{_JOURNAL}.settings.json"):
+        (out / name).unlink()
+    console.print(results_table(results))
+    return results
+
+
 def answer_lines(
-    target: Target, prompts: Sequence[dict[str, Any]], rules: Sequence[str], records: list[list[Record]]
+    decoders: Mapping[str, Decoder],
+    contenders: Sequence[Contender],
+    rows: Sequence[Row],
+    plan: Plan,
+    records: Mapping[Setting, Groups],
 ) -> str:
-    """Spec-Bench's `answers.jsonl`: one line per prompt and rule."""
-    tokenizer = target.chat_tokenizer
-    lines = []
-    for rule, group in zip(rules, records, strict=True):
-        for row, record in zip(prompts, group, strict=True):
-            choice = {
-                "index": 0,
-                "turns": [tokenizer.decode(ids, skip_special_tokens=True) for ids in record.outputs],
-                "new_tokens": [len(ids) for ids in record.outputs],
-                "wall_time": [record.seconds],
-                "accept_lengths": record.accept_lengths,
-            }
-            entry = {"question_id": row["question_id"], "category": row["category"], "model_id": rule}
-            lines.append(json.dumps({**entry, "choices": [choice], "tstamp": time.time()}, ensure_ascii=False))
+    """Spec-Bench's `answers.jsonl`: one line per answer; `model_id` names the rule and what else sets it apart."""
+    target, lines, now = contenders[0].decoder.target, [], time.time()
+    for setting, groups in records.items():
+        heat = f" T={setting.temperature:g}" if len(plan.temperatures) > 1 else ""
+        size = f" batch={setting.batch_size}" if len(plan.batch_sizes) > 1 else ""
+        for contender, group in zip(contenders, groups, strict=True):
+            model = _name(contender, decoders) + heat + size
+            for row, record in zip(rows, group, strict=True):
+                choice = {
+                    "index": 0,
+                    "turns": _texts(target, record),
+                    "decoding_steps": record.turn_rounds,
+                    "new_tokens": [len(ids) for ids in record.outputs],
+                    "wall_time": record.turn_seconds,
+                    "accept_lengths": record.accept_lengths if record.tagged else [1] * record.tokens,
+                }
+                entry = {
+                    "question_id": row["question_id"],
+                    "category": row["category"],
+                    "answer_id": f"{row['place']} {model}",
+                    "model_id": model,
+                    "choices": [choice],
+                    "tstamp": now,
+                    "task": row["task"],
+                    "seed": record.seed,
+                    "log_likelihood": record.log_likelihood,
+                    "scores": record.scores,
+                }
+                lines.append(json.dumps(entry, ensure_ascii=False))
     return "\n".join(lines) + "\n"
 
 
-def evaluate(
-    decoder: Decoder,
-    draft: str,
-    prompts: Sequence[dict[str, Any]],
-    rules: Sequence[str],
-    out: Path,
-    *,
-    max_new_tokens: int,
-    temperature: float,
-    seed: int,
-) -> dict[str, Any]:
-    """Measure the baselines and `rules`; write `results.json`, `answers.jsonl` and `report.html` into `out`."""
-    names = [*BASELINES, *rules]
-    options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
-    for rule in rules:
-        decoder.policy.rule(rule)  # an unknown rule fails before anything runs
-    records = run(decoder, names, prompts, **options)  # type: ignore[arg-type]
-    exact_dtype = decoder.target.dtype == torch.float32 and temperature == 0
-    results = {
-        **header(decoder.target, draft, seed),
-        "rows": result_rows(
-            decoder,
-            names,
-            records,
-            temperature=temperature,
-            seed=seed,
-            identical=identical_outputs(records, names) if exact_dtype else None,
-        ),
-        "policy": decoder.policy.to_dict(),
-        "distributions": signal_samples(decoder.target, prompts, records[0]),
-        "samples": [sample(decoder.target, prompts[0], names[i], records[i][0]) for i in range(2, len(names))],
-    }
-    write_atomic(out / "answers.jsonl", answer_lines(decoder.target, prompts, names, records))
-    write_atomic(out / "results.json", json.dumps(results, indent=1))
-    write_report(out / "report.html", results)
-    console.print(results_table(results))
-    return results
+def _check_lengths(target: Target, rows: Sequence[Row]) -> None:
+    """A prompt that does not fit fails before anything runs."""
+    for row in rows:
+        length = len(encode_prompt(target.chat_tokenizer, [{"role": "user", "content": row["turns"][0]}]))
+        if length >= target.context:
+            raise SlipstreamError(
+                f"{row['place']}: the prompt has {length} tokens, the context of {target.name} is {target.context}"
+            )
+
+
+def _rows(decoders: Mapping[str, Decoder], plan: Plan, setting: Setting, groups: Groups) -> list[Row]:
+    """Rows of `results.json` for one setting: the baselines once, then each draft's rules.
+
+    A lossy rule is compared with `exact` under the same draft, where that was measured: up to the first relaxed token the
+    two compute the same forwards, so that rounding does not count as relaxation. All else is compared with `generate`.
+    """
+    short = short_names(list(decoders))
+    rest = iter(groups[len(BASELINES) :])
+    checked = setting.temperature == 0 and next(iter(decoders.values())).target.dtype == torch.float32
+    out: list[Row] = []
+    for place, (draft, decoder) in enumerate(decoders.items()):
+        names = [*BASELINES, *(plan.rules if draft != "none" else ())]
+        mine = [*groups[: len(BASELINES)], *(next(rest) for _ in names[len(BASELINES) :])]
+        identical = identical_outputs(mine, names) if checked else None
+        rows = result_rows(decoder, names, mine, temperature=setting.temperature, seed=plan.seed, identical=identical)
+        pairs = [(chosen, group) for chosen in by_task(mine).values() for group in chosen]
+        for row, (chosen, group) in zip(rows, pairs, strict=True):
+            if place and row["rule"] in BASELINES:
+                continue
+            judge = "autoregressive" if row["lossless"] or "exact" not in names else "exact"
+            strict = chosen[names.index(judge)]
+            out.append(
+                {
+                    **row,
+                    "batch_size": setting.batch_size,
+                    "draft": short[draft] if len(decoders) > 1 and row["rule"] not in BASELINES else None,
+                    "compared_with": judge,
+                    "agreement": agreement(strict, group, plan.seed) if setting.temperature == 0 else None,
+                    **likelihood(group, plan.seed),
+                    "regret_quantiles": regret_quantiles(group),
+                    "scores": score_means(strict, group, plan.seed),
+                }
+            )
+    return out
+
+
+def _policies(decoders: Mapping[str, Decoder]) -> dict[str, Any]:
+    """How the drafts were used; of several, which short name stands for which."""
+    policies = {draft: decoder.policy.to_dict() for draft, decoder in decoders.items()}
+    if len(policies) == 1:
+        return {"policy": next(iter(policies.values()))}
+    return {"policies": policies, "drafts": short_names(list(decoders))}
+
+
+def short_names(drafts: Sequence[str]) -> dict[str, str]:
+    """Each draft's path without what all of them begin and end with: runs/a/draft and runs/b/draft are `a` and `b`."""
+    parts = {draft: draft.split("/") for draft in drafts}
+    while len(parts) > 1 and all(len(p) > 1 for p in parts.values()) and len({p[0] for p in parts.values()}) == 1:
+        parts = {draft: p[1:] for draft, p in parts.items()}
+    while len(parts) > 1 and all(len(p) > 1 for p in parts.values()) and len({p[-1] for p in parts.values()}) == 1:
+        parts = {draft: p[:-1] for draft, p in parts.items()}
+    return {draft: "/".join(p) for draft, p in parts.items()}
+
+
+def _name(contender: Contender, decoders: Mapping[str, Decoder]) -> str:
+    """The rule, behind its draft where there are several."""
+    if contender.draft is None or len(decoders) == 1:
+        return contender.rule
+    return f"{short_names(list(decoders))[contender.draft]} {contender.rule}"
+
+
+def _texts(target: Target, record: Record) -> list[str]:
+    return [target.chat_tokenizer.decode(ids, skip_special_tokens=True) for ids in record.outputs]
+
+
+def _digest(value: Any) -> str:
+    """A short name for a value, to tell whether it is the same."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]

@@ -127,8 +127,29 @@ class Verifier:
 
     @classmethod
     def of(cls, verify: str | Verifier) -> Verifier:
-        """A verifier from a rule's name, or the verifier itself."""
-        return cls(rule=verify) if isinstance(verify, str) else verify
+        """A verifier from a rule's name, or the verifier itself.
+
+        A name may be followed by settings: `mars:margin=0.5,regret=10`, where a signal's name stands for signal and
+        threshold.
+
+        Raises:
+            SlipstreamError: On an unknown rule or setting.
+        """
+        if not isinstance(verify, str):
+            return verify
+        rule, _, given = verify.partition(":")
+        settings: dict[str, Any] = {"rule": rule}
+        known = [*SIGNALS, *(f.name for f in fields(cls) if f.name not in ("rule", "signal", "threshold"))]
+        for part in filter(None, given.split(",")):
+            name, _, text = (word.strip() for word in part.partition("="))
+            if name not in known:
+                raise SlipstreamError(f"unknown setting {name!r} in rule {verify!r}{near(name, known)}")
+            try:
+                value = int(text) if name in ("rank", "top_n") else float(text)
+            except ValueError as error:
+                raise SlipstreamError(f"{name!r} in rule {verify!r} must be a number, not {text!r}") from error
+            settings |= {"signal": name, "threshold": value} if name in SIGNALS else {name: value}
+        return cls(**settings)
 
 
 @dataclass

@@ -356,7 +356,7 @@ def test_evaluate_leaves_the_results_of_another_run_alone(slipstream, tmp_path, 
     command = ("evaluate", "--target", tiny_target_folder, "--prompts", prompts, "--max_new_tokens", 4, "--out", out)
     assert slipstream(*command).status == 0
     before = contents(out)
-    assert set(before) == {"answers.jsonl", "report.html", "results.json"}
+    assert set(before) == {"answers.jsonl", "report.html", "results.json", "table.md"}
     assert slipstream(*command).complaint == f"{out} holds the results of another run; give another --out"
     assert contents(out) == before
 

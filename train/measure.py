@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 from slipstream.decode.drafters import HeadDrafter
 from slipstream.decode.engine import Decoder
-from slipstream.decode.evaluate import answer, read_prompts, tuning_prompts
+from slipstream.decode.evaluate import answer
+from slipstream.decode.tasks import read_prompts, tuning_prompts
 from slipstream.distill.draft import DraftHead
 
 if TYPE_CHECKING:

@@ -10,8 +10,7 @@ import sys
 import warnings
 from dataclasses import fields
 from importlib.metadata import version
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args, get_origin
 
 import docstring_parser
 from datasets.utils import logging as datasets_logging
@@ -73,20 +72,30 @@ def _parser() -> ArgumentParser:
         if name in RECIPE_COMMANDS:
             sub.add_argument("--config", action="config", help="a recipe in YAML")
             sub.add_class_arguments(Recipe, as_group=False)
-        parameters = inspect.signature(function).parameters
-        flags = {key for key, p in parameters.items() if p.default is False}  # jsonargparse would want a value
-        words = {key for key in parameters if key.endswith("_")}  # `from_`: `from` is a word of Python's
-        skip: set[str | int] = {*flags, *words, "recipe"}
-        sub.add_function_arguments(function, as_group=False, as_positional=function is inspect_, skip=skip)
-        for about in docstring_parser.parse(function.__doc__ or "").params:
-            key = about.arg_name
-            if key in flags:
-                sub.add_argument(f"--{key}", action="store_true", help=about.description)
-            elif key in words:
-                option, shown = f"--{key[:-1]}", key[:-1].upper()
-                sub.add_argument(option, type=Path, required=True, dest=key, metavar=shown, help=about.description)
+        _add_options(sub, function)
         commands.add_subcommand(name, sub, help=summary)
     return parser
+
+
+def _add_options(parser: ArgumentParser, function: Callable[..., None]) -> None:
+    """A command's parameters as options: flags take no value, lists take several, and `from_` is `--from`."""
+    parameters = inspect.signature(function, eval_str=True).parameters
+    texts = {about.arg_name: about.description for about in docstring_parser.parse(function.__doc__ or "").params}
+    flags = {name for name, p in parameters.items() if p.default is False}
+    lists = {name for name, p in parameters.items() if get_origin(p.annotation) is list}
+    words = {name for name in parameters if name.endswith("_")}  # what they are without it is a word of Python's
+    skip: set[str | int] = {*flags, *lists, *words, "recipe"}
+    parser.add_function_arguments(function, as_group=False, as_positional=function is inspect_, skip=skip)
+    for name, p in parameters.items():
+        option = f"--{name.rstrip('_')}"
+        if name in flags:
+            parser.add_argument(option, action="store_true", help=texts[name])
+        elif name in lists:
+            (kind,) = get_args(p.annotation)
+            parser.add_argument(option, nargs="+", type=kind, default=p.default, help=texts[name])
+        elif name in words:
+            shown = option[2:].upper()
+            parser.add_argument(option, type=p.annotation, required=True, dest=name, metavar=shown, help=texts[name])
 
 
 def _known(command: str | None) -> list[str]:

@@ -23,18 +23,12 @@ from slipstream.data.template import encode_prompt
 from slipstream.data.vocabulary import coverage, draft_vocabulary
 from slipstream.decode.drafters import HeadDrafter
 from slipstream.decode.engine import Decoder
-from slipstream.decode.evaluate import (
-    identical_outputs,
-    read_prompts,
-    result_rows,
-    run,
-    simulated_acceptance_length,
-    tuning_prompts,
-)
+from slipstream.decode.evaluate import identical_outputs, result_rows, run, simulated_acceptance_length
 from slipstream.decode.policy import Policy
 from slipstream.decode.report import markdown_table, results_table, write_report
 from slipstream.decode.signals import signal_samples
 from slipstream.decode.suite import header, sample
+from slipstream.decode.tasks import read_prompts, tuning_prompts
 from slipstream.decode.tree import TreeShape
 from slipstream.decode.tune import tune
 from slipstream.distill.heads import load_head, new_head, save_head

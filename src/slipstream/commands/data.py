@@ -21,7 +21,7 @@ def synthesize(
     """
     from slipstream.configs.files import write_atomic
     from slipstream.data.synthesize import self_prompts, topic_prompts
-    from slipstream.decode.evaluate import read_prompts
+    from slipstream.decode.tasks import read_prompts
     from slipstream.distill.target import load_target
 
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -63,7 +63,7 @@ def regenerate(
         parallel: Prompts answered at once by the server.
     """
     from slipstream.data.conversations import pack
-    from slipstream.decode.evaluate import read_prompts
+    from slipstream.decode.tasks import read_prompts
 
     journal = out.with_suffix(".jsonl")
     rows = read_prompts(prompts)

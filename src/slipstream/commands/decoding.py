@@ -91,43 +91,53 @@ def _ask() -> str:
 def evaluate(
     out: Path,
     target: str = "smollm2-135m-instruct",
-    draft: str = "none",
-    prompts: Path | None = None,
-    rules: list[str] = ["exact", "mars"],  # noqa: B006 (jsonargparse copies defaults)
+    draft: list[str] = ["none"],  # noqa: B006 (jsonargparse copies defaults)
+    prompts: list[Path] = [],  # noqa: B006
+    rules: list[str] = ["exact", "mars"],  # noqa: B006
+    temperature: list[float] = [0.0],  # noqa: B006
+    batch_size: list[int] = [1],  # noqa: B006
     limit: int | None = None,
     max_new_tokens: int = 128,
-    temperature: float = 0.0,
+    score: bool = False,
     dtype: Dtype = "bfloat16",
     seed: int = 0,
 ) -> None:
-    """Measure rules against transformers' generate on the same prompts: results.json, answers.jsonl, report.html.
+    """Measure rules and heads against transformers' generate: results.json, answers.jsonl, table.md, report.html.
+
+    Options that say "one or several" take several values: --temperature 0 1. What is interrupted goes on when the same
+    command is given again.
 
     Args:
         out: Folder for the results.
         target: The target model.
-        draft: A head's folder or hub id, or `none`.
-        prompts: JSONL of Spec-Bench rows; default: the held-out prompts that ship with the package.
-        rules: Beside the two baselines.
-        limit: Only the first prompts.
+        draft: One or several: a head's folder or hub id, `ngram`, a causal LM with the same tokenizer, or `none`.
+        prompts: One or several JSONL files of Spec-Bench, HumanEval or GSM8K rows; default: the held-out prompts that
+            ship with the package.
+        rules: One or several, beside the two baselines: `exact`, `mars` (as tuned), `mars:margin=0.5,regret=10`, ..
+        temperature: One or several; 0 is greedy.
+        batch_size: One or several: prompts that are answered together.
+        limit: Only the first prompts of each file.
         max_new_tokens: Per turn.
-        temperature: 0 is greedy.
+        score: Score the answers: HumanEval's tests, GSM8K's numbers, ROUGE-L against other references.
         dtype: Of target and head; whether outputs are identical is only claimed in float32.
         seed: Of draws and intervals.
     """
     import slipstream
     from slipstream.configs.files import require_writable
-    from slipstream.decode.evaluate import read_prompts
+    from slipstream.decode.plan import Plan
     from slipstream.decode.suite import evaluate as measure
+    from slipstream.decode.tasks import read_tasks, require_references
 
     if (out / "results.json").exists():
         raise SlipstreamError(f"{out} holds the results of another run; give another --out")
-    rows = read_prompts(prompts, limit)
-    decoder = slipstream.load(target, draft, dtype=dtype)
+    plan = Plan(tuple(rules), tuple(temperature), tuple(batch_size), max_new_tokens, seed, score)
+    rows = read_tasks(prompts, limit)
+    if score:
+        require_references(rows)
+    loaded = slipstream.load_target(target, dtype=dtype)
+    decoders = {name: slipstream.load(loaded, name) for name in draft}
     require_writable(out, 10)
-    measure(
-        decoder, draft, rows, rules if draft != "none" else [], out,
-        max_new_tokens=max_new_tokens, temperature=temperature, seed=seed,
-    )  # fmt: skip
+    measure(decoders, rows, plan, out)
 
 
 def tune(
@@ -149,7 +159,7 @@ def tune(
         dtype: Of target and head.
     """
     import slipstream
-    from slipstream.decode.evaluate import read_prompts, tuning_prompts
+    from slipstream.decode.tasks import read_prompts, tuning_prompts
     from slipstream.decode.tune import frontier_table
     from slipstream.decode.tune import tune as search
 

@@ -1,0 +1,137 @@
+"""Who is measured on what: drafts, rules, temperatures and batch sizes; measured answer by answer, resumable."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from slipstream.configs.errors import SlipstreamError
+from slipstream.configs.progress import progress
+from slipstream.data.journal import Journal
+from slipstream.decode.evaluate import Record, answer_batch
+from slipstream.decode.verify import Verifier
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from slipstream.decode.engine import Decoder
+
+    Row = dict[str, Any]
+    Groups = list[list[Record]]  # by contender and prompt
+
+_WARM_UP_TOKENS = 8
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one run measures: every rule at every temperature and batch size, beside the two baselines.
+
+    Attributes:
+        rules: `exact`, `mars`, `mars:margin=0.5`, ..
+        temperatures: 0 is greedy.
+        batch_sizes: Prompts of one task that are answered together.
+        max_new_tokens: Per turn.
+        seed: Of draws and intervals; prompt i, in the order of its batch, draws from seed + i.
+        score: Whether the answers are scored.
+    """
+
+    rules: tuple[str, ...] = ("exact", "mars")
+    temperatures: tuple[float, ...] = (0.0,)
+    batch_sizes: tuple[int, ...] = (1,)
+    max_new_tokens: int = 128
+    seed: int = 0
+    score: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("rules", "temperatures", "batch_sizes"):
+            given = getattr(self, name)
+            if len(set(given)) < len(given):
+                raise SlipstreamError(f"{name} names {next(v for v in given if given.count(v) > 1)!r} twice")
+        for rule in self.rules:
+            Verifier.of(rule)
+        if any(size < 1 for size in self.batch_sizes):
+            raise SlipstreamError(f"batch_size must be at least 1, not {min(self.batch_sizes)}")
+        if any(temperature < 0 for temperature in self.temperatures):
+            raise SlipstreamError(f"temperature must not be negative, but is {min(self.temperatures):g}")
+        if self.max_new_tokens < 1:
+            raise SlipstreamError(f"max_new_tokens must be at least 1, not {self.max_new_tokens}")
+
+    @property
+    def settings(self) -> list[Setting]:
+        """Every temperature with every batch size."""
+        return [Setting(*pair) for pair in itertools.product(self.temperatures, self.batch_sizes)]
+
+
+class Setting(NamedTuple):
+    """What all contenders share in one comparison."""
+
+    temperature: float
+    batch_size: int
+
+
+class Contender(NamedTuple):
+    """A rule with the draft it judges; the baselines have none."""
+
+    rule: str
+    draft: str | None
+    decoder: Decoder
+
+
+def measure(
+    contenders: Sequence[Contender], rows: Sequence[Row], plan: Plan, path: Path, begun: dict[str, Any]
+) -> dict[Setting, Groups]:
+    """Records by setting, contender and row; each batch of answers is journalled at `path` when it is there.
+
+    All contenders answer a batch before the next one comes, so that drift hits them alike. What is resumed is warmed up
+    again.
+    """
+    units = [
+        (setting, start, batch, who)
+        for setting in plan.settings
+        for start, batch in _batches(rows, setting.batch_size)
+        for who in range(len(contenders))
+    ]
+    warm: set[tuple[Setting, int]] = set()
+    with Journal(path, begun) as journal, progress("measure", len(units), "batches") as advance:
+        advance(len(journal.units))
+        for unit, (setting, start, batch, who) in enumerate(units):
+            if unit in journal.units:
+                continue
+            rule, _, decoder = contenders[who]
+            asked, heat = [rows[i] for i in batch], setting.temperature
+            if (setting, who) not in warm:  # not counted
+                opening = [{**row, "turns": row["turns"][:1]} for row in asked]
+                answer_batch(decoder, rule, opening, max_new_tokens=_WARM_UP_TOKENS, temperature=heat)
+                warm.add((setting, who))
+            answers = answer_batch(
+                decoder, rule, asked, max_new_tokens=plan.max_new_tokens, temperature=heat, seed=plan.seed + start
+            )
+            journal.append(unit, [asdict(record) for record in answers])
+            advance()
+        kept = journal.rows()
+    out: dict[Setting, dict[tuple[int, int], Record]] = {setting: {} for setting in plan.settings}
+    for row in kept:
+        unit, index, _ = row.pop("unit")
+        setting, start, batch, who = units[unit]
+        out[setting][who, batch[index]] = Record.from_dict({**row, "batch": start})
+    return {
+        setting: [[found[who, i] for i in range(len(rows))] for who in range(len(contenders))]
+        for setting, found in out.items()
+    }
+
+
+def _batches(rows: Sequence[Row], size: int) -> list[tuple[int, list[int]]]:
+    """Places of the rows that are answered together, with the place of the first in the order of answering.
+
+    A batch holds rows of one task; those with more turns come first, as `answer_batch` wants it.
+    """
+    tasks = list(dict.fromkeys(row["task"] for row in rows))
+    out: list[tuple[int, list[int]]] = []
+    start = 0
+    for task in tasks:
+        mine = sorted((i for i, row in enumerate(rows) if row["task"] == task), key=lambda i: -len(rows[i]["turns"]))
+        out += [(start + first, mine[first : first + size]) for first in range(0, len(mine), size)]
+        start += len(mine)
+    return out

@@ -1,0 +1,111 @@
+"""Task scores of answers: HumanEval's tests, GSM8K's final number, ROUGE-L against a reference."""
+
+from __future__ import annotations
+
+import re
+from decimal import Decimal
+from typing import TYPE_CHECKING, Any
+
+from slipstream.configs.progress import progress
+from slipstream.decode.evaluate import mean_interval
+from slipstream.decode.sandbox import run_program
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from slipstream.decode.evaluate import Record
+
+_NUMBER = re.compile(r"(?:(?<![\w)])-)?\$?\d[\d,]*(?:\.\d+)?")
+_FENCE = re.compile(r"```[^\n]*\n(.*?)(?:```|\Z)", re.DOTALL)
+_WORD = re.compile(r"[^\W_]+")
+
+
+def score(row: dict[str, Any], turns: Sequence[str]) -> dict[str, float]:
+    """The score of one answer under its name, between 0 and 1.
+
+    `pass@1` where the row has a test (one answer, so 0 or 1); `final_number` where the references end as GSM8K's do
+    (`#### 42`); `rouge_l` otherwise, the mean over turns.
+    """
+    if "test" in row:
+        return {"pass@1": float(run_program(program(row, turns[0])).passed)}
+    pairs = list(zip(row["reference"], turns, strict=False))
+    if all("####" in reference for reference, _ in pairs):
+        hits = [(number := final_number(text)) is not None and number == final_number(given) for given, text in pairs]
+        return {"final_number": sum(hits) / len(hits)}
+    return {"rouge_l": sum(rouge_l(reference, text) for reference, text in pairs) / len(pairs)}
+
+
+def score_records(
+    prompts: Sequence[dict[str, Any]], texts: Sequence[Sequence[Sequence[str]]], groups: Sequence[Sequence[Record]]
+) -> None:
+    """Set `scores` of every record of each group (one record per prompt).
+
+    Args:
+        prompts: Rows that can be scored.
+        texts: The answers as text, by group, prompt and turn. Equal answers are scored once.
+        groups: The records.
+    """
+    with progress("score", len(prompts), "prompts") as advance:
+        for i, row in enumerate(prompts):
+            known: dict[str, dict[str, float]] = {}
+            for group, answers in zip(groups, texts, strict=True):
+                key = str(answers[i])
+                if key not in known:
+                    known[key] = score(row, answers[i])
+                group[i].scores = known[key]
+            advance()
+
+
+def score_means(base: Sequence[Record], ours: Sequence[Record], seed: int) -> dict[str, dict[str, Any]]:
+    """Each score's mean with its 95 % interval over prompts, its paired difference to `base`, and answer lengths."""
+    out = {}
+    for name in dict.fromkeys(name for r in ours for name in r.scores):
+        pairs = [(b, o) for b, o in zip(base, ours, strict=True) if name in o.scores]
+        ones = [1.0] * len(pairs)
+        mean, span = mean_interval([o.scores[name] for _, o in pairs], ones, seed)
+        change, change_span = mean_interval([o.scores[name] - b.scores[name] for b, o in pairs], ones, seed)
+        out[name] = {
+            "mean": round(mean, 4),
+            "ci95": span,
+            "difference": round(change, 4),
+            "difference_ci95": change_span,
+            "prompts": len(pairs),
+            "mean_output_tokens": round(sum(o.tokens for _, o in pairs) / len(pairs), 2),
+        }
+    return out
+
+
+def program(row: dict[str, Any], text: str) -> str:
+    """HumanEval's program: the prompt, the completion, the test, and its call.
+
+    Of a chat answer the completion is the code block that defines the function, else the first one, else all of it. A
+    block may hold the whole function, which then replaces the one begun in the prompt.
+    """
+    blocks = _FENCE.findall(text)
+    defines = re.compile(rf"^(?:async )?def {re.escape(row['entry_point'])}\b", re.MULTILINE)
+    code = next((block for block in blocks if defines.search(block)), blocks[0] if blocks else text)
+    return f"{row['prompt']}\n{code}\n{row['test']}\ncheck({row['entry_point']})\n"
+
+
+def final_number(text: str) -> Decimal | None:
+    """The number behind the last `####`, else the last number; None where there is none."""
+    found = _NUMBER.findall(text.rpartition("####")[2]) if "####" in text else _NUMBER.findall(text)
+    if not found:
+        return None
+    number = found[0] if "####" in text else found[-1]
+    return Decimal(number.replace(",", "").replace("$", ""))
+
+
+def rouge_l(reference: str, text: str) -> float:
+    """F-measure of the longest common subsequence of words (Lin 2004), lower case, without stemming."""
+    ours, theirs = _WORD.findall(text.lower()), _WORD.findall(reference.lower())
+    if not ours or not theirs:
+        return 0.0
+    lengths = [0] * (len(theirs) + 1)  # of the longest common subsequence with the first words of the reference
+    for word in ours:
+        above_left = 0
+        for j, other in enumerate(theirs, 1):
+            above = lengths[j]
+            lengths[j] = above_left + 1 if word == other else max(above, lengths[j - 1])
+            above_left = above
+    return 2 * lengths[-1] / (len(ours) + len(theirs))
