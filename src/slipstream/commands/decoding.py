@@ -99,6 +99,7 @@ def evaluate(
     temperature: float = 0.0,
     dtype: Dtype = "bfloat16",
     seed: int = 0,
+    card: bool = False,
 ) -> None:
     """Measure rules against transformers' generate on the same prompts: results.json, answers.jsonl, report.html.
 
@@ -113,21 +114,27 @@ def evaluate(
         temperature: 0 is greedy.
         dtype: Of target and head; whether outputs are identical is only claimed in float32.
         seed: Of draws and intervals.
+        card: Write the measured table into the model card (README.md) of the head's folder as well.
     """
     import slipstream
     from slipstream.configs.files import require_writable
+    from slipstream.decode.card import write_card
     from slipstream.decode.evaluate import read_prompts
     from slipstream.decode.suite import evaluate as measure
 
     if (out / "results.json").exists():
         raise SlipstreamError(f"{out} holds the results of another run; give another --out")
+    if card and not (Path(draft) / "config.json").is_file():
+        raise SlipstreamError(f"--card needs a draft head's folder, which {draft!r} is not")
     rows = read_prompts(prompts, limit)
     decoder = slipstream.load(target, draft, dtype=dtype)
     require_writable(out, 10)
-    measure(
+    results = measure(
         decoder, draft, rows, rules if draft != "none" else [], out,
         max_new_tokens=max_new_tokens, temperature=temperature, seed=seed,
     )  # fmt: skip
+    if card:
+        write_card(Path(draft), decoder.target.name, results=results)
 
 
 def tune(

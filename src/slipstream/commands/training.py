@@ -17,8 +17,9 @@ def train(recipe: Recipe, out: Path) -> None:
     from slipstream.data.batches import Batches
     from slipstream.data.conversations import read, tokenize
     from slipstream.data.vocabulary import draft_vocabulary
+    from slipstream.decode.card import write_card
     from slipstream.distill.heads import new_head, save_head
-    from slipstream.distill.target import load_target
+    from slipstream.distill.target import EMBEDDED, EMBEDDED_LICENSE, load_target
     from slipstream.train.trainer import Trainer
 
     if (out / "draft" / "model.safetensors").is_file():
@@ -39,4 +40,5 @@ def train(recipe: Recipe, out: Path) -> None:
     if trainer.accelerator.is_main_process:
         provenance = {"target": target.name, "recipe": asdict(recipe), "tokens": rows[-1]["tokens"]}
         save_head(trainer.accelerator.unwrap_model(trainer.head), out / "draft", provenance)
+        write_card(out / "draft", target.name, license=EMBEDDED_LICENSE if target.name == EMBEDDED else None)
         print(f"draft head: {out / 'draft'}", file=sys.stderr)
