@@ -360,7 +360,9 @@ def load_target(
             raise SlipstreamError(f"unknown dtype {dtype!r}{near(dtype, DTYPES)}")
         dtype = DTYPES[dtype]
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(place, dtype=dtype, output_loading_info=True)
+        model, info = AutoModelForCausalLM.from_pretrained(
+            place, dtype=dtype, device_map=device, output_loading_info=True
+        )
     except (OSError, SafetensorError) as error:
         raise SlipstreamError(f"target {name!r} cannot be loaded: {str(error).splitlines()[0]}") from error
     except ValueError as error:
@@ -382,4 +384,4 @@ def load_target(
             raise SlipstreamError(f"adapter {adapter!r} cannot be loaded: {str(error).splitlines()[0]}") from error
     _require_causal(model, name)
     model.config.name_or_path = name
-    return Target(model.to(device), tokenizer, name=name, layer_ids=layer_ids)
+    return Target(model, tokenizer, name=name, layer_ids=layer_ids)
