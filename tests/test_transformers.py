@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from tiny import greedy, tiny_head, tiny_target
-from transformers import AutoModelForCausalLM, GenerationConfig, TorchAoConfig, pipeline
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GenerationConfig, TorchAoConfig, pipeline
 
 import slipstream
 from slipstream.configs.errors import SlipstreamError
@@ -92,6 +92,22 @@ class Rounds:
     def __call__(self, model, input_ids, **settings):
         self.prompts += len(input_ids)
         return self.decoder.custom_generate(model, input_ids, **settings)
+
+
+@pytest.mark.parametrize("kind", [{"load_in_4bit": True}, {"load_in_8bit": True, "llm_int8_threshold": 0.0}])
+def test_a_target_in_bitsandbytes_keeps_its_own_tokens(tmp_path, kind):
+    """With its threshold left at 6, which columns stay in 16 bits depends on all tokens of a forward."""
+    pytest.importorskip("bitsandbytes")
+    tiny_target(hidden_size=64, intermediate_size=128).model.save_pretrained(tmp_path)
+    settings = BitsAndBytesConfig(**kind)
+    target = Target(
+        AutoModelForCausalLM.from_pretrained(
+            tmp_path, dtype=torch.float32, quantization_config=settings, device_map="cpu"
+        )
+    )
+    head = new_head(target, torch.arange(64), seed=0, from_target=True).eval()
+    want = target.model.generate(PROMPT, max_new_tokens=16, do_sample=False)
+    assert slipstream.load(target, head).generate(PROMPT, max_new_tokens=16).sequences.tolist() == want.tolist()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
