@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 from fakehub import FakeHub
-from huggingface_hub import ModelCard, constants
+from huggingface_hub import ModelCard, constants, hf_api
 from test_report import row
 from transformers import AutoConfig, AutoModel
 from transformers.utils import hub as transformers_hub
@@ -43,7 +43,8 @@ def hub(monkeypatch, tmp_path) -> Iterator[FakeHub]:
     monkeypatch.setattr(
         constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + "/{repo_id}/resolve/{revision}/{filename}"
     )
-    monkeypatch.setattr(transformers_hub, "_hf_api", None)
+    monkeypatch.setattr(hf_api.api, "endpoint", server.url)
+    monkeypatch.setattr(transformers_hub, "_hf_api", None, raising=False)  # transformers 5.0 has none
     monkeypatch.setenv("HF_TOKEN", "hf_of_nobody")
     yield server
     server.close()

@@ -74,6 +74,7 @@ def test_a_config_that_tree_decoding_cannot_honour_is_refused():
 def test_a_text_generation_pipeline_drafts(tiny_target_folder, batch_size):
     target = load_target(str(tiny_target_folder), dtype=torch.float32)
     decoder = slipstream.load(target, new_head(target, torch.arange(64), seed=0, from_target=True).eval())
+    target.tokenizer.padding_side = "left"
     chats = [[{"role": "user", "content": text}] for text in ("Hi", "Yo hello", "user")]
     generate = pipeline("text-generation", model=target.model, tokenizer=target.tokenizer, batch_size=batch_size)
     settings = {"max_new_tokens": 12, "do_sample": False}
