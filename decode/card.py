@@ -18,7 +18,8 @@ FILE = "README.md"
 _BODY = """\
 # Draft head for {target}
 
-An EAGLE-3 draft head made by slipstream. Tree and rules are in `decode.json`, data and recipe in `provenance.json`.
+A head for speculative decoding (EAGLE), made by slipstream. It drafts, the target decides. Tree and rules are in
+`decode.json`, data and recipe in `provenance.json`.
 
 ```python
 import slipstream
@@ -68,7 +69,8 @@ def publishable_card(text: str, *, was: str, target: str, license: str | None) -
             f"target {target!r} is no hub id (owner/name), so that nobody could load it; give --target"
         )
     card.data = ModelCardData(**{**card.data.to_dict(), **header.to_dict()})
-    card.text = card.text.replace(was, target)
+    for place in ("head for {}\n", 'slipstream.load("{}"'):
+        card.text = card.text.replace(place.format(was), place.format(target))
     return str(card)
 
 
@@ -79,5 +81,5 @@ def _header(target: str, license: str | None) -> ModelCardData:
         license=license,
         library_name="slipstream",
         pipeline_tag="text-generation",
-        tags=["draft-head", "eagle3", "speculative-decoding"],
+        tags=["draft-head", "eagle", "speculative-decoding"],
     )

@@ -10,6 +10,7 @@ import torch
 from fakehub import FakeHub
 from huggingface_hub import ModelCard, constants, hf_api
 from test_report import row
+from tiny import tiny_head
 from transformers import AutoConfig, AutoModel
 from transformers.utils import hub as transformers_hub
 
@@ -20,7 +21,7 @@ from slipstream.decode.card import model_card, write_card
 from slipstream.decode.policy import Policy
 from slipstream.decode.tree import TreeShape
 from slipstream.distill.draft import DraftConfig, DraftHead
-from slipstream.distill.heads import load_head, new_head, save_head
+from slipstream.distill.heads import load_head, save_head
 from slipstream.distill.target import EMBEDDED, load_target
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ def head_folder(tmp_path, tiny_target_folder) -> Path:
     """A head of the tiny target with a policy and a card of its own."""
     target = load_target(str(tiny_target_folder), dtype=torch.float32)
     folder = tmp_path / "draft"
-    save_head(new_head(target, torch.arange(64), seed=0, from_target=True), folder, {"target": target.name})
+    save_head(tiny_head(target), folder, {"target": target.name})
     Policy(tree=TreeShape(3, 2, 7)).save(folder)
     write_card(folder, target.name, results=RESULTS)
     return folder

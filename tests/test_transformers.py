@@ -14,7 +14,6 @@ from slipstream.decode.drafters import HeadDrafter
 from slipstream.decode.engine import Decoder
 from slipstream.decode.policy import Policy
 from slipstream.decode.tree import TreeShape
-from slipstream.distill.heads import new_head
 from slipstream.distill.target import Target, load_target
 
 PROMPT = torch.tensor([[5, 6, 7, 5, 6]])
@@ -73,7 +72,7 @@ def test_a_config_that_tree_decoding_cannot_honour_is_refused():
 @pytest.mark.parametrize("batch_size", [1, 2])
 def test_a_text_generation_pipeline_drafts(tiny_target_folder, batch_size):
     target = load_target(str(tiny_target_folder), dtype=torch.float32)
-    decoder = slipstream.load(target, new_head(target, torch.arange(64), seed=0, from_target=True).eval())
+    decoder = slipstream.load(target, tiny_head(target))
     target.tokenizer.padding_side = "left"
     chats = [[{"role": "user", "content": text}] for text in ("Hi", "Yo hello", "user")]
     generate = pipeline("text-generation", model=target.model, tokenizer=target.tokenizer, batch_size=batch_size)
@@ -106,7 +105,7 @@ def test_a_target_in_bitsandbytes_keeps_its_own_tokens(tmp_path, kind):
             tmp_path, dtype=torch.float32, quantization_config=settings, device_map="cpu"
         )
     )
-    head = new_head(target, torch.arange(64), seed=0, from_target=True).eval()
+    head = tiny_head(target)
     want = target.model.generate(PROMPT, max_new_tokens=16, do_sample=False)
     assert slipstream.load(target, head).generate(PROMPT, max_new_tokens=16).sequences.tolist() == want.tolist()
 
@@ -120,7 +119,7 @@ def test_a_target_in_int8_keeps_its_own_tokens(tiny_target_folder, tmp_path, dty
     plain = load_target(str(tiny_target_folder), dtype=dtype)
     target = Target(model, plain.tokenizer, name=plain.name)
     assert not torch.equal(target.forward(PROMPT).logits, plain.forward(PROMPT).logits)
-    head = new_head(target, torch.arange(64), seed=0, from_target=True).eval().to(dtype)
+    head = tiny_head(target).to(dtype)
     decoder = slipstream.load(target, head)
     for text in ("Hi", "Yo hello"):
         prompt = torch.tensor([encode_prompt(plain.tokenizer, [{"role": "user", "content": text}])])

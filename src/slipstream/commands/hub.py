@@ -27,7 +27,8 @@ def push(draft: Path, repo: str, private: bool = False, target: str | None = Non
 
     check_head(draft)
     config = json.loads((draft / "config.json").read_text())
-    was, name = config["target_name"], target or config["target_name"]
+    was = config.get("target_name", "")
+    name = target or was
     card = draft / CARD
     text = card.read_text(encoding="utf-8") if card.is_file() else model_card(was)
     with tempfile.TemporaryDirectory() as folder:
