@@ -33,7 +33,7 @@ from slipstream.decode.evaluate import (
     tuning_prompts,
 )
 from slipstream.decode.policy import Policy
-from slipstream.decode.report import results_table, write_report
+from slipstream.decode.report import require_figures, results_table, write_report
 from slipstream.decode.signals import signal_samples
 from slipstream.decode.suite import header, sample
 from slipstream.decode.tree import TreeShape
@@ -249,6 +249,7 @@ def quickstart(out: Path = Path("runs/quickstart"), minutes: float = 12.0, fresh
     """
     if minutes <= 0:
         raise SlipstreamError(f"--minutes must be above 0, not {minutes:g}")
+    require_figures()
     job = Quickstart(out, minutes, fresh, Recipe())
     if job.claim():
         results = json.loads((out / "results.json").read_text())

@@ -120,6 +120,7 @@ def evaluate(
     from slipstream.configs.files import require_writable
     from slipstream.decode.card import write_card
     from slipstream.decode.evaluate import read_prompts
+    from slipstream.decode.report import require_figures
     from slipstream.decode.suite import evaluate as measure
 
     if (out / "results.json").exists():
@@ -128,6 +129,7 @@ def evaluate(
         raise SlipstreamError(f"--card needs a draft head's folder, which {draft!r} is not")
     rows = read_prompts(prompts, limit)
     decoder = slipstream.load(target, draft, dtype=dtype)
+    require_figures()
     require_writable(out, 10)
     results = measure(
         decoder, draft, rows, rules if draft != "none" else [], out,
