@@ -56,7 +56,7 @@ format: $(READY) ## let ruff fix and format the code
 
 docs: $(READY) .typing ## build the documentation into site/, every link checked
 	@$(VENV)/bin/pip install -q -c constraints.txt -e '.[docs]'
-	$(VENV)/bin/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict
 
 clean: ## remove caches and builds; .venv and runs stay
 	rm -rf .typing .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist site *.egg-info src/*.egg-info
