@@ -180,3 +180,30 @@ def test_a_head_without_a_card_is_pushed_with_one(hub, head_folder):
     assert push("--draft", head_folder, "--repo", "me/head", "--target", "a/b", "--license", "mit") == 0
     assert "Not measured yet" in hub.repos["me/head"]["README.md"].decode()
     assert json.loads(hub.repos["me/head"]["config.json"])["target_name"] == "a/b"
+
+
+def test_evaluate_writes_what_it_measured_into_the_card_when_told_to(head_folder, tiny_target_folder, tmp_path):
+    write_card(head_folder, str(tiny_target_folder), license="mit")
+    (tmp_path / "prompts.jsonl").write_text('{"turns": ["Hi"]}\n')
+    arguments = ["--target", tiny_target_folder, "--draft", head_folder, "--prompts", tmp_path / "prompts.jsonl"]
+    settings = ["--rules", '["exact"]', "--max_new_tokens", "6", "--dtype", "float32"]
+    before = (head_folder / "README.md").read_text()
+    for flags in ([], ["--card"]):
+        assert (head_folder / "README.md").read_text() == before
+        out = tmp_path / f"out{len(flags)}"
+        assert main(["evaluate", *map(str, arguments), *settings, *flags, "--out", str(out)]) == 0
+    card = ModelCard.load(head_folder / "README.md")
+    assert card.data.license == "mit"
+    assert "| transformers |" in card.text
+    assert main(["evaluate", "--draft", "ngram", "--card", "--out", str(tmp_path / "none")]) == 2
+
+
+def test_a_trained_head_has_a_card_that_waits_for_figures(tiny_target_folder, tmp_path):
+    talk = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo hello Yo"}]}
+    (tmp_path / "talks.jsonl").write_text((json.dumps(talk) + "\n") * 4)
+    arguments = ["--target.name", tiny_target_folder, "--data.conversations", tmp_path / "talks.jsonl"]
+    settings = ["--train.max_steps", 1, "--head.draft_vocab_size", 64, "--out", tmp_path / "run"]
+    assert main(["train", *map(str, [*arguments, *settings])]) == 0
+    text = (tmp_path / "run" / "draft" / "README.md").read_text()
+    assert "Not measured yet" in text
+    assert ModelCard(text).data.library_name == "slipstream"
