@@ -99,9 +99,8 @@ class TreeLayer(CacheLayerMixin):
             buffer.scatter_(2, target[:, None, :, None].expand(at), kept)
 
     def get_mask_sizes(self, query_length: int | Tensor) -> tuple[int, int]:
-        count = (
-            query_length if isinstance(query_length, int) else len(query_length)
-        )  # positions in the first transformers 5
+        # The first transformers 5 hand over the queries' positions.
+        count = query_length if isinstance(query_length, int) else len(query_length)
         return self.get_seq_length() + count, 0
 
     def get_seq_length(self) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.errors import HTTPError
+from huggingface_hub.errors import HTTPError  # of the client it is built on, whose name changes
 
 from slipstream.configs.errors import SlipstreamError
 

@@ -207,3 +207,8 @@ def test_a_trained_head_has_a_card_that_waits_for_figures(tiny_target_folder, tm
     text = (tmp_path / "run" / "draft" / "README.md").read_text()
     assert "Not measured yet" in text
     assert ModelCard(text).data.library_name == "slipstream"
+
+
+def test_a_head_on_the_hub_is_not_tuned_in_its_cache(capsys):
+    assert main(["tune", "--draft", "me/head"]) == 2
+    assert "me/head holds no draft head: config.json is missing" in capsys.readouterr().err

@@ -161,7 +161,9 @@ def tune(
     from slipstream.decode.evaluate import read_prompts, tuning_prompts
     from slipstream.decode.tune import frontier_table
     from slipstream.decode.tune import tune as search
+    from slipstream.distill.heads import check_head
 
+    check_head(draft)  # not only on the hub: its folder is written to
     rows = read_prompts(prompts) if prompts is not None else tuning_prompts()
     decoder = slipstream.load(target, str(draft), dtype=dtype)
     policy, points = search(decoder, rows, regret_budget=regret, max_new_tokens=max_new_tokens)
