@@ -98,8 +98,10 @@ class TreeLayer(CacheLayerMixin):
             kept = buffer.gather(2, source[:, None, :, None].expand(at))
             buffer.scatter_(2, target[:, None, :, None].expand(at), kept)
 
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.get_seq_length() + query_length, 0
+    def get_mask_sizes(self, query_length: int | Tensor) -> tuple[int, int]:
+        # The first transformers 5 hand over the queries' positions.
+        count = query_length if isinstance(query_length, int) else len(query_length)
+        return self.get_seq_length() + count, 0
 
     def get_seq_length(self) -> int:
         return max(self.rows.lengths) + self.tentative

@@ -107,13 +107,14 @@ class Decoder:
         input_ids: Tensor,
         *,
         attention_mask: Tensor | None = None,
-        max_new_tokens: int = 256,
-        temperature: float = 0.0,
+        max_new_tokens: int | None = None,
+        temperature: float | None = None,
         top_k: int | None = None,
         top_p: float | None = None,
         verify: str | Verifier | None = None,
         logits_processor: LogitsProcessorList | None = None,
         stopping_criteria: StoppingCriteriaList | None = None,
+        generation_config: GenerationConfig | None = None,
         seed: int = 0,
         streamer: BaseStreamer | None = None,
         on_tokens: Callable[[list[Token]], None] | None = None,
@@ -124,13 +125,15 @@ class Decoder:
         Args:
             input_ids: Prompts, [B, n]; shorter ones padded on either side.
             attention_mask: [B, n], 0 on padding; None where every row is whole.
-            max_new_tokens: Exact to the token.
-            temperature: 0 is greedy.
+            max_new_tokens: Exact to the token; 256 where neither this nor a config says how many.
+            temperature: 0, or nothing, is greedy.
             top_k: Sample among the k most likely tokens.
             top_p: Sample within this share of probability.
             verify: `exact`, `mars` (the policy's tuned relaxed rule), a `Verifier`, or None for the policy's rule.
             logits_processor: transformers' processors; each node of a tree is processed with its own prefix.
             stopping_criteria: transformers' criteria, asked after every token.
+            generation_config: Settings as `generate` takes them: what the call names itself goes before them, and the
+                target's own generation config fills in what they leave open.
             seed: Of the draws, at T > 0; row b draws from seed + b.
             streamer: A transformers streamer, for one prompt; gets the new tokens of each round.
             on_tokens: Called with the tagged tokens of each round, for one prompt.
@@ -140,22 +143,16 @@ class Decoder:
         Raises:
             SlipstreamError: If a prompt is empty or longer than the context, or an option cannot be honoured.
         """
-        if max_new_tokens < 0:
-            raise SlipstreamError(f"max_new_tokens must not be negative, but is {max_new_tokens}")
-        if temperature < 0:
-            raise SlipstreamError(f"temperature must not be negative, but is {temperature}")
-        sampling = {"temperature": temperature, "top_k": top_k or 0, "top_p": top_p or 1.0} if temperature else {}
-        generation = self.target.model.generation_config
-        pad = generation.pad_token_id if generation is not None else None
-        options = {"eos_token_id": self.target.stop_ids() or None, "pad_token_id": pad, **options}
-        config = make_config(options, do_sample=temperature > 0, **sampling)
-        check_config(config)
+        named = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p}
         length = input_ids.shape[-1]
-        config.max_length = length + max_new_tokens
+        config = make_config(
+            self.target, generation_config, {k: v for k, v in named.items() if v is not None} | options, length
+        )
+        check_config(config)
         return self._generate(
             input_ids,
             attention_mask,
-            max_new_tokens,
+            config.max_length - length,
             config,
             make_processors(self.target, config, length, attention_mask, logits_processor),
             stopping_criteria,

@@ -7,16 +7,14 @@ import itertools
 import re
 from typing import TYPE_CHECKING, Any
 
-import matplotlib
 import numpy as np
 from markupsafe import Markup, escape
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
     Row = dict[str, Any]
     Plot = tuple[Figure, str]  # the figure, and the same in words
@@ -54,6 +52,8 @@ STYLE: dict[Any, Any] = {
 
 def figures(results: dict[str, Any]) -> dict[str, Markup | None]:
     """Every figure as inline SVG, None where its data are absent."""
+    import matplotlib  # an extra, as everywhere below
+
     rows = pooled(results)
     with matplotlib.rc_context(STYLE):
         plots: dict[str, Plot | None] = {
@@ -120,10 +120,12 @@ def _plot_acceptance(rows: list[Row]) -> Plot | None:
     rows = [row for row in rows if row.get("acceptance_by_position")]
     if not rows:
         return None
+    from matplotlib.ticker import MaxNLocator
+
     settings = list(dict.fromkeys(_setting(row) for row in rows))
     across = min(len(settings), 2)
     down = -(-len(settings) // across)
-    figure = Figure((WIDTH, 0.6 + (2.4 if across == 1 else 1.6) * down), layout="constrained")
+    figure = _figure(0.6 + (2.4 if across == 1 else 1.6) * down)
     grid = figure.subplots(down, across, sharex=True, sharey=True, squeeze=False)
     colours, panels, said = _colours(rows), list(grid.flat), []
     for axes, setting in zip(panels, settings, strict=False):
@@ -172,7 +174,7 @@ def _plot_frontier(points: list[Row]) -> Plot | None:
     if not points:
         return None
     points.sort(key=lambda point: (point["mean_regret_nats"], -point["tokens_per_second"]))
-    figure = Figure((WIDTH, 3.2), layout="constrained")
+    figure = _figure(3.2)
     axes = figure.subplots()
     regrets = np.array([point["mean_regret_nats"] for point in points])
     rates = np.array([point["tokens_per_second"] for point in points])
@@ -197,7 +199,7 @@ def _plot_training(training: Row) -> Plot | None:
     curve = training.get("curve") or []
     if not curve:
         return None
-    figure = Figure((WIDTH, 5.4), layout="constrained")
+    figure = _figure(5.4)
     top, middle, bottom = figure.subplots(3, 1, sharex=True)
     losses, simulated = _recorded(curve, "loss"), _recorded(curve, "simulated_acceptance_length")
     top.plot(*losses, color=COLOURS["engine"])
@@ -233,7 +235,7 @@ def _plot_distributions(distributions: Row, policy: Row) -> Plot | None:
     shown = {name: values for name, values in everything.items() if np.isfinite(values).any()}
     if not shown:
         return None
-    figure = Figure((WIDTH, 0.2 + 1.55 * len(shown)), layout="constrained")
+    figure = _figure(0.2 + 1.55 * len(shown))
     said = []
     for axes, (name, values) in zip(figure.subplots(len(shown), 1, squeeze=False).flat, shown.items(), strict=True):
         text, above = SIGNALS[name]
@@ -265,9 +267,16 @@ def _threshold(policy: Row, signal: str) -> float | None:
     return float(verify["threshold"]) if signal == ("ratio" if used == "mars" else used) else None
 
 
+def _figure(height: float) -> Figure:
+    """An empty figure of the report's width; inches."""
+    from matplotlib.figure import Figure
+
+    return Figure((WIDTH, height), layout="constrained")
+
+
 def _bars(lines: list[Line], label: str) -> tuple[Figure, Axes]:
     """A figure for horizontal bars, the first line on top."""
-    figure = Figure((WIDTH, 0.9 + 0.34 * len(lines)), layout="constrained")
+    figure = _figure(0.9 + 0.34 * len(lines))
     axes = figure.subplots()
     axes.set_yticks([place for place, _, _ in lines], [text for _, text, _ in lines])
     for tick, (_, _, row) in zip(axes.get_yticklabels(), lines, strict=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -38,6 +39,7 @@ _STATEFUL = (  # they count on one call per token
     logits_process.ClassifierFreeGuidanceLogitsProcessor,
     logits_process.SynthIDTextWatermarkLogitsProcessor,
 )
+_NEW_TOKENS = 256  # where nobody says how many
 _SEARCHES = {
     "num_beams": 1,
     "num_return_sequences": 1,
@@ -58,20 +60,50 @@ def check_config(config: GenerationConfig) -> None:
             raise SlipstreamError(f"generation setting {name}={getattr(config, name)} does not go with tree decoding")
 
 
-def make_config(options: dict[str, Any], **settings: Any) -> GenerationConfig:
-    """A generation config of the given settings and the caller's further options.
+def make_config(
+    target: Target, given: GenerationConfig | None, named: dict[str, Any], prompt_length: int
+) -> GenerationConfig:
+    """The settings of one call; `max_length` says where it ends.
+
+    Args:
+        target: Whose stop tokens, and, beside a given config, whose own generation config fill in what is left open.
+        given: The caller's generation config; without one, decoding is greedy and nothing is filtered.
+        named: Settings that the call names: they take precedence. A temperature turns sampling on, or, if 0, off.
+        prompt_length: Tokens, padding included.
 
     Raises:
-        SlipstreamError: On an option that transformers does not know.
+        SlipstreamError: On a setting that transformers does not know, or a value that cannot be.
     """
     known = vars(GenerationConfig())
-    for name in options:
+    for name in named:
         if name not in known:
             raise SlipstreamError(f"unknown generation option {name!r}{near(name, list(known))}")
+    for name in ("max_new_tokens", "temperature"):
+        if named.get(name, 0) < 0:
+            raise SlipstreamError(f"{name} must not be negative, but is {named[name]}")
+    named = dict(named)
+    limit = named.pop("max_new_tokens", None)  # may be 0, which a GenerationConfig may not say
+    if "temperature" in named:
+        named["do_sample"] = named["temperature"] > 0
+    if given is None:
+        named = {"do_sample": False, "top_k": 0, "top_p": 1.0} | named
+    if not named.get("do_sample", True):
+        named = {name: value for name, value in named.items() if name not in ("temperature", "top_k", "top_p")}
+    own = target.model.generation_config or GenerationConfig()
+    config = GenerationConfig() if given is None else copy.deepcopy(given)
     try:
-        return GenerationConfig(**settings, **options)
+        config.update(**named)
+        if given is not None:
+            config.update(**own.to_dict(), defaults_only=True)
+        config.update(eos_token_id=target.stop_ids() or None, pad_token_id=own.pad_token_id, defaults_only=True)
+        limit = limit if limit is not None else config.max_new_tokens
+        if limit is None:
+            limit = _NEW_TOKENS if config.max_length is None else max(0, config.max_length - prompt_length)
+        config.update(**own._get_default_generation_params(), defaults_only=True)
     except ValueError as error:
         raise SlipstreamError(f"generation options: {str(error).splitlines()[0]}") from error
+    config.max_length = prompt_length + limit
+    return config
 
 
 def make_processors(

@@ -7,6 +7,7 @@ out of the page where they are absent; a row without a required key is a KeyErro
 from __future__ import annotations
 
 import datetime
+import importlib.util
 import itertools
 from importlib import resources
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from slipstream.configs.errors import SlipstreamError
 from slipstream.configs.files import write_atomic
 from slipstream.decode.figures import figures, interval_text, pooled, rule_name
 
@@ -29,6 +31,16 @@ SUBJECTS = {"exact": "Exact decoding", "mars": "MARS"}
 BASELINES = ("autoregressive", "engine")
 WORDS = ("task", "rule", "output")  # the columns that hold words, not numbers
 TAGS = ("exact", "relaxed", "bonus")
+
+
+def require_figures() -> None:
+    """Make sure, before anything is measured, that the report's figures can be drawn.
+
+    Raises:
+        SlipstreamError: If matplotlib is not installed.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        raise SlipstreamError("the report needs matplotlib: pip install 'slipstream[report]'")
 
 
 def write_report(path: Path, results: dict[str, Any]) -> None:

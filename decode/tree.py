@@ -35,13 +35,13 @@ class TreeShape:
     sampled: bool = False
 
     def __post_init__(self) -> None:
-        if self.paths:
-            paths = tuple(sorted({tuple(path) for path in self.paths}, key=lambda path: (len(path), path)))
+        paths = tuple(sorted({tuple(path) for path in self.paths}, key=lambda path: (len(path), path)))
+        object.__setattr__(self, "paths", paths)  # JSON has lists
+        if paths:
             for path in paths:
                 for needed in (path[:-1], (*path[:-1], path[-1] - 1)):
                     if needed and needed[-1] >= 0 and needed not in paths:
                         raise SlipstreamError(f"tree path {path} needs {needed}, which is not in the tree")
-            object.__setattr__(self, "paths", paths)
             object.__setattr__(self, "depth", len(paths[-1]))
             object.__setattr__(self, "top_k", 1 + max(path[-1] for path in paths))
             object.__setattr__(self, "nodes", 1 + len(paths))

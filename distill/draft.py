@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModel, LlamaConfig, PreTrainedModel
 from transformers.models.llama.modeling_llama import (
     LlamaMLP,
     LlamaRMSNorm,
@@ -304,3 +304,7 @@ class DraftHead(PreTrainedModel):
         ):
             if mine != theirs:
                 raise SlipstreamError(f"this draft head expects {what} {mine}, but target {target.name!r} has {theirs}")
+
+
+AutoConfig.register(DraftConfig.model_type, DraftConfig)
+AutoModel.register(DraftConfig, DraftHead)

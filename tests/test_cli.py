@@ -418,17 +418,6 @@ def test_a_quickstart_of_other_settings_is_refused(slipstream, finished):
     assert contents(finished) == before
 
 
-def test_doctor_names_every_package_and_how_to_get_the_missing(slipstream, monkeypatch):
-    import slipstream.doctor as module
-
-    monkeypatch.setitem(module._PACKAGES, "no-such-package", "pip install no-such-package")
-    ended = slipstream("doctor")
-    assert ended.status == 0
-    lines = {line.split()[0]: line.rstrip() for line in ended.out.splitlines() if line.strip()}
-    assert set(module._PACKAGES) <= set(lines)
-    assert lines["no-such-package"].split(maxsplit=2)[1:] == ["missing", "pip install no-such-package"]
-
-
 def test_a_flag_takes_no_value(tiny_target_folder, capsys):
     arguments = ["generate", "--target", str(tiny_target_folder), "--prompt", "Hi", "--max_new_tokens", "4"]
     assert main([*arguments, "--dtype", "float32", "--quiet"]) == 0

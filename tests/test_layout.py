@@ -1,8 +1,6 @@
 """The layout holds: imports point one way, and the packaging lists what the folders have."""
 
 import ast
-import re
-import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -42,14 +40,6 @@ def level(name: str) -> int:
 
 def settings() -> dict:
     return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
-
-
-def make_targets_in_readme() -> list[str]:
-    fences = re.findall(
-        r"^```.*?\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL
-    )
-    calls = [match for fence in fences for match in re.findall(r"^\s*(?:\$ )?make\s+(.*)$", fence, re.MULTILINE)]
-    return [word for call in calls for word in shlex.split(call, comments=True) if "=" not in word]
 
 
 @pytest.mark.parametrize("layer", range(TOP + 1), ids=[*LAYERS, "slipstream"])
@@ -105,11 +95,3 @@ def test_every_data_file_is_package_data():
             and path not in shipped
         ]
     assert not wrong, f"not in [tool.setuptools.package-data]: {wrong}"
-
-
-def test_make_targets_named_in_the_readme_exist():
-    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    targets = set(re.findall(r"^([a-z][a-z-]*):", makefile, re.MULTILINE))
-    named = make_targets_in_readme()
-    assert named, "README.md shows no make command"
-    assert set(named) <= targets

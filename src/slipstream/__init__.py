@@ -19,7 +19,7 @@ from slipstream.decode.policy import Policy
 from slipstream.decode.tree import TreeShape
 from slipstream.decode.verify import Verifier
 from slipstream.distill.draft import DraftConfig, DraftHead
-from slipstream.distill.heads import is_head, load_head, save_head
+from slipstream.distill.heads import is_head, load_head, locate, save_head
 from slipstream.distill.target import Target, load_target
 
 __all__ = [
@@ -64,20 +64,20 @@ def load(
     loaded = target if isinstance(target, Target) else load_target(str(target), dtype=dtype, device=device)
     policy = Policy()
     drafter: Drafter = NoDrafter()
+    if isinstance(draft, (str, Path)) and draft not in ("none", "ngram"):
+        folder = locate(draft)
+        if is_head(folder):
+            draft, policy = load_head(folder, dtype=loaded.dtype, device=loaded.device), Policy.load(folder)
+        else:
+            draft = load_target(str(draft), dtype=loaded.dtype, device=loaded.device)
     if draft == "ngram":
         drafter, policy = NGramDrafter(), Policy(tree=TreeShape.chain(10))
-    elif isinstance(draft, Target) or (isinstance(draft, (str, Path)) and draft != "none" and not is_head(draft)):
-        model = (
-            draft if isinstance(draft, Target) else load_target(str(draft), dtype=loaded.dtype, device=loaded.device)
-        )
-        drafter = ModelDrafter(model, loaded)
-    elif draft != "none":
-        head = draft if isinstance(draft, DraftHead) else load_head(draft, dtype=loaded.dtype, device=loaded.device)
-        loaded = loaded.reading(head.layer_ids)
-        head.check_target(loaded)
-        drafter = HeadDrafter(head, loaded)
-        if not isinstance(draft, DraftHead):
-            policy = Policy.load(Path(draft).expanduser())
+    elif isinstance(draft, Target):
+        drafter = ModelDrafter(draft, loaded)
+    elif isinstance(draft, DraftHead):
+        loaded = loaded.reading(draft.layer_ids)
+        draft.check_target(loaded)
+        drafter = HeadDrafter(draft, loaded)
     if compiled:
         loaded.compile()
     return Decoder(loaded, drafter, policy)

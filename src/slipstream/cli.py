@@ -20,6 +20,7 @@ from transformers.utils import logging as transformers_logging
 from slipstream.commands.data import regenerate, synthesize
 from slipstream.commands.decoding import evaluate, generate, tune
 from slipstream.commands.heads import export, import_, inspect_
+from slipstream.commands.hub import push
 from slipstream.commands.training import capture, train
 from slipstream.configs.errors import SlipstreamError
 from slipstream.configs.recipe import Recipe
@@ -51,6 +52,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
         export,
         import_,
         inspect_,
+        push,
         doctor,
     )
 }

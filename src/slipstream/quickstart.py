@@ -21,18 +21,19 @@ from slipstream.data.regenerate import regenerate
 from slipstream.data.synthesize import self_prompts, topic_prompts
 from slipstream.data.template import encode_prompt
 from slipstream.data.vocabulary import coverage, draft_vocabulary
+from slipstream.decode.card import write_card
 from slipstream.decode.drafters import HeadDrafter
 from slipstream.decode.engine import Decoder
 from slipstream.decode.evaluate import identical_outputs, result_rows, run, simulated_acceptance_length
 from slipstream.decode.policy import Policy
-from slipstream.decode.report import markdown_table, results_table, write_report
+from slipstream.decode.report import require_figures, results_table, write_report
 from slipstream.decode.signals import signal_samples
 from slipstream.decode.suite import header, sample
 from slipstream.decode.tasks import read_prompts, tuning_prompts
 from slipstream.decode.tree import TreeShape
 from slipstream.decode.tune import tune
 from slipstream.distill.heads import load_head, new_head, save_head
-from slipstream.distill.target import EMBEDDED, Target, load_target
+from slipstream.distill.target import EMBEDDED, EMBEDDED_LICENSE, Target, load_target
 from slipstream.train.trainer import Trainer
 
 if TYPE_CHECKING:
@@ -243,6 +244,7 @@ def quickstart(out: Path = Path("runs/quickstart"), minutes: float = 12.0, fresh
     """
     if minutes <= 0:
         raise SlipstreamError(f"--minutes must be above 0, not {minutes:g}")
+    require_figures()
     job = Quickstart(out, minutes, fresh, Recipe())
     if job.claim():
         results = json.loads((out / "results.json").read_text())
@@ -257,19 +259,7 @@ def quickstart(out: Path = Path("runs/quickstart"), minutes: float = 12.0, fresh
     if not (out / "results.json").is_file():
         job.measure(Decoder(target, HeadDrafter(head, target), Policy.load(out / "draft")))
     results = json.loads((out / "results.json").read_text())
-    write_atomic(out / "draft" / "README.md", model_card(results))
+    write_card(out / "draft", target.name, license=EMBEDDED_LICENSE, results=results)
     write_report(out / "report.html", results)
     console.print(results_table(results))
     console.print(f"draft head: {out / 'draft'}   report: {out / 'report.html'}")
-
-
-def model_card(results: dict[str, Any]) -> str:
-    """The head's README: what it is for, how to use it, what was measured."""
-    return (
-        f"# Draft head for {results['target']}\n\n"
-        "An EAGLE-3 draft head made by slipstream. Tree and rules are in `decode.json`, data and recipe in "
-        "`provenance.json`.\n\n"
-        "```python\nimport slipstream\n\n"
-        f'decoder = slipstream.load({results["target"]!r}, "path/to/this/folder")\n```\n\n'
-        f"Measured on {results['device']}, {results['dtype']}, {results['date']}:\n\n{markdown_table(results)}\n"
-    )

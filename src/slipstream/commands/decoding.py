@@ -101,6 +101,7 @@ def evaluate(
     score: bool = False,
     dtype: Dtype = "bfloat16",
     seed: int = 0,
+    card: bool = False,
 ) -> None:
     """Measure rules and heads against transformers' generate: results.json, answers.jsonl, table.md, report.html.
 
@@ -121,23 +122,31 @@ def evaluate(
         score: Score the answers: HumanEval's tests, GSM8K's numbers, ROUGE-L against other references.
         dtype: Of target and head; whether outputs are identical is only claimed in float32.
         seed: Of draws and intervals.
+        card: Write the measured table into the model card (README.md) of the head's folder as well.
     """
     import slipstream
     from slipstream.configs.files import require_writable
+    from slipstream.decode.card import write_card
     from slipstream.decode.plan import Plan
+    from slipstream.decode.report import require_figures
     from slipstream.decode.suite import evaluate as measure
     from slipstream.decode.tasks import read_tasks, require_references
 
     if (out / "results.json").exists():
         raise SlipstreamError(f"{out} holds the results of another run; give another --out")
     plan = Plan(tuple(rules), tuple(temperature), tuple(batch_size), max_new_tokens, seed, score)
+    if card and (len(draft) > 1 or not (Path(draft[0]) / "config.json").is_file()):
+        raise SlipstreamError(f"--card needs one draft head's folder, which {' '.join(draft)} is not")
     rows = read_tasks(prompts, limit)
     if score:
         require_references(rows)
     loaded = slipstream.load_target(target, dtype=dtype)
     decoders = {name: slipstream.load(loaded, name) for name in draft}
+    require_figures()
     require_writable(out, 10)
-    measure(decoders, rows, plan, out)
+    results = measure(decoders, rows, plan, out)
+    if card:
+        write_card(Path(draft[0]), loaded.name, results=results)
 
 
 def tune(
@@ -162,7 +171,9 @@ def tune(
     from slipstream.decode.tasks import read_prompts, tuning_prompts
     from slipstream.decode.tune import frontier_table
     from slipstream.decode.tune import tune as search
+    from slipstream.distill.heads import check_head
 
+    check_head(draft)  # not only on the hub: its folder is written to
     rows = read_prompts(prompts) if prompts is not None else tuning_prompts()
     decoder = slipstream.load(target, str(draft), dtype=dtype)
     policy, points = search(decoder, rows, regret_budget=regret, max_new_tokens=max_new_tokens)

@@ -92,10 +92,11 @@ def train(recipe: Recipe, out: Path) -> None:
     from slipstream.data.batches import Batches
     from slipstream.data.conversations import load
     from slipstream.data.vocabulary import draft_vocabulary
+    from slipstream.decode.card import write_card
     from slipstream.distill.draft import layers_read
     from slipstream.distill.heads import new_head, save_head
     from slipstream.distill.store import Store
-    from slipstream.distill.target import load_target
+    from slipstream.distill.target import EMBEDDED, EMBEDDED_LICENSE, load_target
     from slipstream.train.launch import start
     from slipstream.train.trainer import Trainer
 
@@ -126,4 +127,5 @@ def train(recipe: Recipe, out: Path) -> None:
     if trained is not None:
         provenance = {"target": target.name, "recipe": asdict(recipe), "tokens": rows[-1]["tokens"]}
         save_head(trained, out / "draft", provenance)
+        write_card(out / "draft", target.name, license=EMBEDDED_LICENSE if target.name == EMBEDDED else None)
         print(f"draft head: {out / 'draft'}", file=sys.stderr)
