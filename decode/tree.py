@@ -187,7 +187,9 @@ class TreeBuilder:
         level = torch.cat([torch.full_like(t[0], i) for i, t in enumerate(self._tokens)])
         keep = min(nodes - 1, tokens.shape[1])
         # A child that is certain ties with its parent; the level decides, so that the parent stays.
-        kept = (scores.double() - 1e-9 * level).topk(keep).indices.sort().values
+        # Among equals the earlier stays, so that a smaller tree is part of a larger one.
+        ranked = (scores.double() - 1e-9 * level).sort(dim=1, descending=True, stable=True).indices
+        kept = ranked[:, :keep].sort().values
         place = torch.zeros(len(tokens), tokens.shape[1] + 1, dtype=torch.long, device=tokens.device)
         order = torch.arange(1, keep + 1, device=tokens.device).expand(len(tokens), -1)
         place.scatter_(1, kept, order)
