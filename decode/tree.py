@@ -45,7 +45,9 @@ class TreeShape:
             object.__setattr__(self, "depth", len(paths[-1]))
             object.__setattr__(self, "top_k", 1 + max(path[-1] for path in paths))
             object.__setattr__(self, "nodes", 1 + len(paths))
-        elif self.sampled:
+        else:
+            object.__setattr__(self, "paths", ())  # JSON knows lists only
+        if self.sampled and not self.paths:
             raise SlipstreamError("a sampled tree is a fixed one: give its paths, or use TreeShape.chain or .fixed")
         for name, low in (("depth", 1), ("top_k", 1), ("nodes", 2)):
             if getattr(self, name) < low:

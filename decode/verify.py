@@ -28,7 +28,7 @@ RULES = ("exact", "block", "mars", "lenience", "typical", "top_n", "released")
 SIGNALS = {"ratio": 0.9, "margin": 1.0, "odds": 0.4}
 """Signals of the relaxed rule and the threshold each has by default."""
 
-_TAGS = ("exact", "relaxed", "bonus")
+TAGS = ("exact", "relaxed", "bonus")
 
 
 @dataclass(frozen=True)
@@ -140,6 +140,11 @@ class Spent:
     relaxed: int = 0
     regret: float = 0.0
 
+    def add(self, tokens: Sequence[Token]) -> None:
+        """Count the relaxed ones."""
+        self.relaxed += sum(token.tag == "relaxed" for token in tokens)
+        self.regret += sum(token.regret for token in tokens if token.tag == "relaxed")
+
 
 class Token(NamedTuple):
     """One emitted token.
@@ -207,9 +212,8 @@ class Decision(NamedTuple):
                 raise SlipstreamError(
                     f"the target's logits at draft node {bad} are not finite; check its weights and dtype"
                 )
-            out = [Token(int(t), _TAGS[int(tag)], None if lossless else m, r) for _, _, t, tag, m, r, _ in kept]
-            mine.relaxed += sum(token.tag == "relaxed" for token in out)
-            mine.regret += sum(token.regret for token in out if token.tag == "relaxed")
+            out = [Token(int(t), TAGS[int(tag)], None if lossless else m, r) for _, _, t, tag, m, r, _ in kept]
+            mine.add(out)
             verdict.paths.append([int(node) for _, node, *_ in kept])
             verdict.tokens.append(out)
         return verdict
