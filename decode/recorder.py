@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
 
 import numpy as np
 import pyarrow as pa
+import torch
 from torch import Tensor
 
 from slipstream.configs.errors import SlipstreamError
 from slipstream.configs.files import write_through
 from slipstream.decode.evidence import LogitEvidence
-from slipstream.decode.trace import KEY, LISTS, NODE, PATH, ROUND, Header, fingerprint
+from slipstream.decode.trace import KEY, LISTS, PATH, ROUND, Header, fingerprint
 from slipstream.decode.verify import TAGS, Spent
 
 if TYPE_CHECKING:
@@ -133,7 +134,10 @@ class Recorder:
     ) -> None:
         """Keep a round of every row."""
         evidence = LogitEvidence(tree, logits)
-        best = logits.topk(self._top)
+        logits, best = logits.topk(self._top)
+        # Of equal logits the one decided on comes first.
+        best = torch.where(best == evidence.decided[..., None], best[..., :1], best)
+        best[..., 0] = evidence.decided
         rows, nodes = tree.tokens.shape
         spent = [self._spent[place] for place in places]
         node = {
@@ -143,8 +147,8 @@ class Recorder:
             "own": evidence.own,
             "total": evidence.total,
             "entropy": evidence.entropy,
-            "best_tokens": best.indices,
-            "best_logits": best.values,
+            "best_tokens": best,
+            "best_logits": logits.float(),
         }
         flat = [token for tokens in verdict.tokens for token in tokens]
         values: dict[str, Any] = {
@@ -154,8 +158,7 @@ class Recorder:
             "spent_relaxed": [mine.relaxed for mine in spent],
             "spent_regret": [mine.regret for mine in spent],
             **{name: [value] * rows for name, value in zip(list(ROUND)[-3:], seconds, strict=True)},
-            **{name: value.flatten().float().cpu() for name, value in node.items() if NODE[name] == pa.float32()},
-            **{name: value.flatten().cpu() for name, value in node.items() if NODE[name] != pa.float32()},
+            **{name: value.flatten().cpu() for name, value in node.items()},
             "path": [place for path in verdict.paths for place in path],
             "emitted": [token.id for token in flat],
             "tags": [TAGS.index(token.tag) for token in flat],

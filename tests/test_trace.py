@@ -154,6 +154,25 @@ def test_a_replay_gives_what_the_rule_gives_on_all_logits(recorded, rule):
     assert bool(relaxed) is not (rule.lossless or rule.rule == "released")
 
 
+@pytest.mark.parametrize("rule", GREEDY, ids=lambda rule: rule.label)
+def test_equal_logits_are_decided_as_they_were(decoder, tmp_path, rule):
+    """Of whole numbers many are equal, as in bf16."""
+    draw = torch.Generator().manual_seed(0)
+    rows, nodes, vocab = 400, 12, 8
+    parents = torch.stack([torch.randint(0, max(1, i), (rows,), generator=draw) for i in range(nodes)], 1)
+    tokens = torch.randint(0, vocab, (rows, nodes), generator=draw)
+    tree = make_tree(tokens, parents, -torch.rand(rows, nodes, generator=draw), nodes)
+    logits = torch.randint(-2, 4, (rows, nodes, vocab), generator=draw).bfloat16()
+    verdict = verify(rule, tree, logits, never_relax=torch.tensor([2]))
+    with record(tmp_path / "trace.arrow", decoder) as recorder:
+        decoder.generate(torch.arange(3, 9)[None], max_new_tokens=1, observer=recorder)
+        recorder.round([0] * rows, tree, logits, verify(Verifier(), tree, logits), (0.1, 0.2, 0.3))
+    got = replay(Trace.open(tmp_path / "trace.arrow"), rule).decision
+    for i, path in enumerate(verdict.paths, 1):
+        assert got.path[i, : int(got.counts[i])].tolist() == path
+        assert got.tokens[i, : len(path)].tolist() == [token.id for token in verdict.tokens[i - 1]]
+
+
 @pytest.mark.parametrize("rule", [Verifier(), Verifier("mars", "margin", 2.0, rank=3)])
 @pytest.mark.parametrize("shape", SMALLER, ids=lambda s: f"{s.depth}-{s.top_k}-{s.nodes}")
 def test_a_replayed_round_is_a_real_round_of_the_smaller_tree(recorded, decoder, prompts, shape, rule):
