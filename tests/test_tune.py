@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from tiny import tiny_head
 
 from slipstream.cli import main
 from slipstream.configs.errors import SlipstreamError
@@ -16,7 +17,7 @@ from slipstream.decode.trace import Trace
 from slipstream.decode.tree import TreeShape
 from slipstream.decode.tune import LARGEST, SHAPES, Budget, Point, frontier, predict, tune
 from slipstream.decode.verify import Verifier
-from slipstream.distill.heads import new_head, save_head
+from slipstream.distill.heads import save_head
 from slipstream.distill.target import load_target
 
 PROMPTS = [{"question_id": i, "category": "", "turns": [text]} for i, text in enumerate(("Hi", "Yo", "hello", "Hi Yo"))]
@@ -28,15 +29,14 @@ EVEN = Costs(0.0, dict.fromkeys((1, 2, 3, 4, 6), (0.0, 0.0)), [2, 48], [0.01, 0.
 def head_folder(tiny_target_folder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("head") / "draft"
     target = load_target(str(tiny_target_folder), dtype=torch.float32)
-    save_head(new_head(target, torch.arange(target.vocab_size), seed=0, from_target=True), folder, {})
+    save_head(tiny_head(target, target.vocab_size), folder, {})
     return folder
 
 
 @pytest.fixture(scope="module")
 def decoder(tiny_target_folder):
     target = load_target(str(tiny_target_folder), dtype=torch.float32)
-    head = new_head(target, torch.arange(target.vocab_size), seed=0, from_target=True).eval()
-    return Decoder(target, HeadDrafter(head, target))
+    return Decoder(target, HeadDrafter(tiny_head(target, target.vocab_size), target))
 
 
 @pytest.fixture(scope="module")
