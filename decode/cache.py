@@ -15,6 +15,14 @@ if TYPE_CHECKING:
 _BLOCK = 256  # buffers grow by this many tokens
 
 
+def fixed_capacity(tokens: int) -> int:
+    """Slots of a cache of fixed size: few sizes occur, since every one has its own compiled graphs."""
+    size = 256
+    while size < tokens:
+        size *= 2
+    return size
+
+
 class Rows:
     """How many tokens each row of a batch has committed: on the host, and as a tensor on the device.
 

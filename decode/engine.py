@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from slipstream.configs.errors import SlipstreamError
-from slipstream.decode.cache import TreeCache
+from slipstream.decode.cache import TreeCache, fixed_capacity
 from slipstream.decode.drafters import Drafter, NoDrafter, Round, last_tokens
 from slipstream.decode.policy import Policy
 from slipstream.decode.processors import TreeProcessors, check_config, make_config, make_processors
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
     from transformers.generation.streamers import BaseStreamer
 
+    from slipstream.decode.recorder import Observer
     from slipstream.distill.target import Target
 
 
@@ -61,6 +62,7 @@ class _Request:
     given: Tensor  # the prompts as they came, padding included, [B, n]
     criteria: StoppingCriteriaList | None
     spent: list[Spent]
+    observer: Observer | None
 
 
 @dataclass
@@ -118,6 +120,7 @@ class Decoder:
         seed: int = 0,
         streamer: BaseStreamer | None = None,
         on_tokens: Callable[[list[Token]], None] | None = None,
+        observer: Observer | None = None,
         **options: Any,
     ) -> Generation:
         """Continue one prompt or several.
@@ -137,6 +140,7 @@ class Decoder:
             seed: Of the draws, at T > 0; row b draws from seed + b.
             streamer: A transformers streamer, for one prompt; gets the new tokens of each round.
             on_tokens: Called with the tagged tokens of each round, for one prompt.
+            observer: Shown every round as it was verified, `recorder.record` makes one.
             **options: Any other setting of transformers' `GenerationConfig` that shapes the logits or the end:
                 `min_p`, `repetition_penalty`, `bad_words_ids`, `eos_token_id`, ..
 
@@ -160,6 +164,7 @@ class Decoder:
             seed,
             streamer,
             on_tokens,
+            observer,
         )
 
     def custom_generate(
@@ -199,6 +204,7 @@ class Decoder:
             seed,
             streamer,
             None,
+            None,
         )
         return out.sequences
 
@@ -214,6 +220,7 @@ class Decoder:
         seed: int,
         streamer: BaseStreamer | None,
         on_tokens: Callable[[list[Token]], None] | None,
+        observer: Observer | None,
     ) -> Generation:
         target, device = self.target, self.target.device
         prompts = self._prompts(input_ids, attention_mask)
@@ -232,7 +239,10 @@ class Decoder:
             given=input_ids.to(device),
             criteria=criteria,
             spent=[Spent() for _ in prompts],
+            observer=observer,
         )
+        if observer is not None:
+            observer.begin(len(prompts), request.verifier, request.never_relax, config, processors)
         lengths = [len(prompt) for prompt in prompts]
         room = [max(0, min(limit, target.context - n)) for n in lengths]
         width = max(n + left for n, left in zip(lengths, room, strict=True))
@@ -324,14 +334,18 @@ class Decoder:
         target, drafter = self.target, self.drafter
         drafter.begin(len(batch.places))
         whole = target.compiled and len(batch.places) == 1
-        capacity = _capacity(batch.ids.shape[1] + self.policy.tree.nodes) if whole else 0
+        capacity = fixed_capacity(batch.ids.shape[1] + self.policy.tree.nodes) if whole else 0
         cache = TreeCache(target.config.num_hidden_layers, len(batch.places), batch.ids.device, capacity)
         features, logits = self._prefill(batch, cache)
         cache.whole = whole
         fresh = list(batch.lengths)
         controller = self.policy.speculation.controller(self.policy.tree, target)
-        verdict = self._judge(request, batch, root_only(batch.ids[:, 0]), logits)
-        stats.target_seconds += time.perf_counter() - clock
+        tree = root_only(last_tokens(batch.ids, batch.lengths))
+        verdict = self._judge(request, batch, tree, logits)
+        seen = time.perf_counter()  # by the observer, so far
+        stats.target_seconds += seen - clock
+        if request.observer is not None:
+            request.observer.round(batch.places, tree, logits, verdict, (0.0, seen - clock, 0.0))
         first = True
         while True:
             cut = [_cut(request, batch, row, tokens) for row, tokens in enumerate(verdict.tokens)]
@@ -389,6 +403,10 @@ class Decoder:
             verdict = self._judge(request, batch, tree, out.logits)
             cache.commit(verdict.paths)
             controller.observe(tree, verdict.paths, drafted - clock, verified - drafted)
+            if request.observer is not None:
+                times = (drafted - clock, verified - drafted, time.perf_counter() - seen - (verified - clock))
+                request.observer.round(batch.places, tree, out.logits, verdict, times)
+                seen = time.perf_counter()
             features, fresh = _append(features, fresh, out.features, verdict.paths)
 
 
@@ -402,14 +420,6 @@ def _append(
     padded = torch.tensor([line + [0] * (width - len(line)) for line in index], device=new.device)
     joined = torch.cat([features, new], 1) if behind else new
     return joined.gather(1, padded[:, :, None].expand(-1, -1, new.shape[-1])), counts
-
-
-def _capacity(tokens: int) -> int:
-    """Slots of a cache of fixed size: few sizes occur, since every one has its own compiled graphs."""
-    size = 256
-    while size < tokens:
-        size *= 2
-    return size
 
 
 def _cut(request: _Request, batch: _Batch, row: int, tokens: list[Token]) -> tuple[list[Token], bool]:

@@ -178,11 +178,13 @@ def _plot_frontier(points: list[Row]) -> Plot | None:
     axes = figure.subplots()
     regrets = np.array([point["mean_regret_nats"] for point in points])
     rates = np.array([point["tokens_per_second"] for point in points])
-    axes.step(regrets, np.maximum.accumulate(rates), where="post", color="#8a9099", linewidth=1, zorder=1)
-    lossless, chosen = (np.array([point[key] for point in points]) for key in ("lossless", "chosen"))
+    lossless, chosen, ran = (np.array([point[key] for point in points]) for key in ("lossless", "chosen", "confirmed"))
+    foreseen = np.maximum.accumulate(rates[~ran])
+    axes.step(regrets[~ran], foreseen, where="post", color="#8a9099", linewidth=1, zorder=1)
     looks: dict[str, tuple[Any, dict[str, Any]]] = {
-        "lossless": (lossless, {"s": 30, "marker": "s", "color": COLOURS["exact"]}),
-        "relaxed": (~lossless, {"s": 30, "marker": "o", "color": COLOURS["mars"]}),
+        "predicted": (~ran, {"s": 8, "marker": "o", "color": "#8a9099"}),
+        "lossless": (lossless & ran, {"s": 30, "marker": "s", "color": COLOURS["exact"]}),
+        "relaxed": (~lossless & ran, {"s": 30, "marker": "o", "color": COLOURS["mars"]}),
         "chosen": (chosen, {"s": 130, "facecolor": "none", "edgecolor": INK}),
     }
     for label, (some, look) in looks.items():
@@ -190,8 +192,11 @@ def _plot_frontier(points: list[Row]) -> Plot | None:
             axes.scatter(regrets[some], rates[some], label=label, zorder=3, **look)
     axes.margins(0.1, 0.14)
     axes.set(xlabel="mean regret (nats per token)", ylabel="tokens per second")
-    figure.legend(loc="outside upper left", ncols=3)
-    said = (f"{p['label']} {p['tokens_per_second']:.1f} at {p['mean_regret_nats']:.3f}" for p in points)
+    figure.legend(loc="outside upper left", ncols=4)
+    said = (
+        f"{p['label']} {p['tokens_per_second']:.1f} at {p['mean_regret_nats']:.3f}{'' if p['confirmed'] else ', predicted'}"
+        for p in points
+    )
     return figure, "Points, tokens per second against mean regret in nats per token: " + "; ".join(said)
 
 

@@ -25,6 +25,7 @@ from slipstream.decode.signals import fires
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from slipstream.decode.evidence import Evidence
     from slipstream.decode.tree import Tree
     from slipstream.decode.verify import Spent, Verifier
 
@@ -40,23 +41,24 @@ class Choice(NamedTuple):
 def admit(
     verifier: Verifier,
     tree: Tree,
-    logits: Tensor,
-    processed: Tensor | None,
-    p: Tensor | None,
-    top: Tensor,
+    evidence: Evidence,
+    processed: Evidence | None,
     decided: Tensor,
     generators: Sequence[torch.Generator],
     spent: Sequence[Spent],
     never_relax: Tensor | None,
 ) -> Choice:
-    """The longest path of admitted nodes: children that are y, or that the rule lets pass in its place."""
+    """The longest path of admitted nodes: children that are y (`decided`, [B, N]), or that the rule lets pass instead.
+
+    `processed` is the evidence that y was drawn from; None where decoding is greedy.
+    """
     above = decided.gather(1, tree.parents)  # y at each node's parent
     exact = tree.tokens == above
     exact[:, 0] = True
     relaxed = torch.zeros_like(exact)
     if not verifier.lossless and verifier.rule != "released":  # which at T = 0 matches the argmax
         hits = torch.zeros_like(tree.parents).scatter_add(1, tree.parents[:, 1:], exact[:, 1:].long())
-        relaxed = (hits == 0).gather(1, tree.parents) & _passes(verifier, tree, logits, processed, p, generators)
+        relaxed = (hits == 0).gather(1, tree.parents) & _passes(verifier, tree, evidence, processed, generators)
         if never_relax is not None and len(never_relax):
             relaxed &= ~torch.isin(tree.tokens, never_relax) & ~torch.isin(above, never_relax)
         relaxed[:, 0] = False
@@ -64,7 +66,7 @@ def admit(
     reached = ~(lines & ~(exact | relaxed)[:, None]).any(-1)
     depths = tree.depths.double()
     if not verifier.lossless:
-        regrets = _regrets(tree, logits, top).double().masked_fill(~relaxed, 0.0)
+        regrets = (evidence.top.gather(1, tree.parents) - evidence.own).double().masked_fill(~relaxed, 0.0)
         count = (lines.double() @ relaxed.double()[:, :, None])[..., 0]
         cost = (lines.double() @ regrets[:, :, None])[..., 0]
         used = torch.tensor([[s.relaxed, s.regret] for s in spent], dtype=torch.float64, device=lines.device)
@@ -81,34 +83,23 @@ def admit(
     return Choice(leaf, decided.gather(1, leaf[:, None])[:, 0], relaxed)
 
 
-def _regrets(tree: Tree, logits: Tensor, top: Tensor) -> Tensor:
-    """log p(top) - log p(token) of each node's token under the unprocessed target at its parent, [B, N]."""
-    rows = torch.arange(len(logits), device=logits.device)[:, None]
-    return top.gather(1, tree.parents).float() - logits[rows, tree.parents, tree.tokens].float()
-
-
 def _passes(
     verifier: Verifier,
     tree: Tree,
-    logits: Tensor,
-    processed: Tensor | None,
-    p: Tensor | None,
+    evidence: Evidence,
+    processed: Evidence | None,
     generators: Sequence[torch.Generator],
 ) -> Tensor:
     """Nodes that the relaxed rule would accept in place of y, [B, N]; where y is a child is not looked at."""
-    rows = torch.arange(len(logits), device=logits.device)[:, None]
-
-    def of_child(x: Tensor) -> Tensor:
-        return x[rows, tree.parents, tree.tokens].float()
-
-    coins = uniforms(generators, (len(logits), tree.nodes), logits.device) if p is not None else None
+    coins = None if processed is None else uniforms(generators, tree.tokens.shape, tree.tokens.device)
     if verifier.rule == "mars":
-        passes = fires(verifier.signal, verifier.theta, verifier.rank, tree, logits, processed)
+        passes = fires(verifier.signal, verifier.theta, verifier.rank, tree, evidence, processed)
         if coins is not None and verifier.lam < 1:
             passes &= coins.gather(1, tree.parents) < verifier.lam  # one coin per parent
         return passes
-    p = p if p is not None else torch.softmax(logits.float(), -1)
-    mine, best = of_child(p), p.max(-1).values.gather(1, tree.parents)
+    z = evidence if processed is None else processed
+    total = z.total.gather(1, tree.parents)
+    mine, best = torch.exp(z.own - total), torch.exp(z.top.gather(1, tree.parents) - total)
     if verifier.rule == "lenience":
         if coins is None:
             return mine >= verifier.leniency * best
@@ -116,13 +107,12 @@ def _passes(
         owed = (mine / max(verifier.leniency, 1e-9)).clamp(max=1.0) - mine
         return coins < owed / (1 - mine).clamp(min=1e-9)
     if verifier.rule == "typical":
-        entropy = -(p * p.clamp(min=1e-9).log()).sum(-1).gather(1, tree.parents)
+        entropy = z.entropy.gather(1, tree.parents)
         return mine > (verifier.delta * torch.exp(-entropy)).clamp(max=verifier.epsilon)
-    n = min(verifier.top_n, p.shape[-1])
-    if not n:
+    if not verifier.top_n:
         return torch.zeros_like(mine, dtype=torch.bool)
-    last = p.topk(n).values[..., -1].gather(1, tree.parents)
-    return (mine >= last) & (mine >= best - verifier.delta)
+    last = z.best(verifier.top_n)[..., -1].gather(1, tree.parents)
+    return (z.own >= last) & (mine >= best - verifier.delta)
 
 
 def speculative_sampling(tree: Tree, p: Tensor, q: Tensor, generators: Sequence[torch.Generator]) -> Choice:
@@ -178,7 +168,7 @@ def block(tree: Tree, p: Tensor, q: Tensor, generators: Sequence[torch.Generator
 
 
 def released(
-    verifier: Verifier, tree: Tree, processed: Tensor | None, p: Tensor, generators: Sequence[torch.Generator]
+    verifier: Verifier, tree: Tree, processed: Tensor, p: Tensor, generators: Sequence[torch.Generator]
 ) -> Choice:
     """What the code published with MARS does at T > 0, for ablations; row by row, node by node.
 
@@ -186,7 +176,6 @@ def released(
     likeliest passes, or else the token is drawn from the full p. Elsewhere child x passes with min(1, p(x)/q(x)), though
     children are the draft's likeliest and not drawn, and p(x) <- 0 on refusal. The ratio p/q makes it lossy on its own.
     """
-    assert processed is not None
     children = tree.children().tolist()
     leaves, bonus, relaxed = [], [], torch.zeros_like(tree.tokens, dtype=torch.bool)
     for row in range(len(p)):

@@ -13,11 +13,14 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from slipstream.decode.evaluate import Record
+    from slipstream.decode.evidence import Evidence
     from slipstream.decode.tree import Tree
     from slipstream.distill.target import Target
 
 
-def fires(signal: str, threshold: float, rank: int, tree: Tree, logits: Tensor, processed: Tensor | None) -> Tensor:
+def fires(
+    signal: str, threshold: float, rank: int, tree: Tree, evidence: Evidence, processed: Evidence | None
+) -> Tensor:
     """Whether a node's token may pass in place of what the target decided at its parent, [B, N].
 
     It must be among the target's `rank` likeliest there, and its gap to the top within the threshold. The top token itself
@@ -28,14 +31,12 @@ def fires(signal: str, threshold: float, rank: int, tree: Tree, logits: Tensor, 
         threshold: Of the signal.
         rank: At least 2.
         tree: N nodes per row.
-        logits: Raw logits, [B, N, V].
-        processed: Logits after the processors, [B, N, V]; None where there are none.
+        evidence: Of the raw logits.
+        processed: Of those after the processors; None where there are none.
     """
-    z = processed if signal == "odds" and processed is not None else logits
-    best = z.topk(rank).values.float()
+    z = processed if signal == "odds" and processed is not None else evidence
+    own, best = z.own, z.best(rank)
     best = best.gather(1, tree.parents[:, :, None].expand_as(best))  # [B, N, rank], at the parents
-    rows = torch.arange(len(z), device=z.device)[:, None]
-    own = z[rows, tree.parents, tree.tokens].float()
     top, judged = best[..., 0], torch.minimum(own, best[..., 1])
     if signal == "ratio":
         fired = (top > 0) & (judged > threshold * top)

@@ -45,7 +45,9 @@ class TreeShape:
             object.__setattr__(self, "depth", len(paths[-1]))
             object.__setattr__(self, "top_k", 1 + max(path[-1] for path in paths))
             object.__setattr__(self, "nodes", 1 + len(paths))
-        elif self.sampled:
+        else:
+            object.__setattr__(self, "paths", ())  # JSON knows lists only
+        if self.sampled and not self.paths:
             raise SlipstreamError("a sampled tree is a fixed one: give its paths, or use TreeShape.chain or .fixed")
         for name, low in (("depth", 1), ("top_k", 1), ("nodes", 2)):
             if getattr(self, name) < low:
@@ -187,7 +189,9 @@ class TreeBuilder:
         level = torch.cat([torch.full_like(t[0], i) for i, t in enumerate(self._tokens)])
         keep = min(nodes - 1, tokens.shape[1])
         # A child that is certain ties with its parent; the level decides, so that the parent stays.
-        kept = (scores.double() - 1e-9 * level).topk(keep).indices.sort().values
+        # Among equals the earlier stays, so that a smaller tree is part of a larger one.
+        ranked = (scores.double() - 1e-9 * level).sort(dim=1, descending=True, stable=True).indices
+        kept = ranked[:, :keep].sort().values
         place = torch.zeros(len(tokens), tokens.shape[1] + 1, dtype=torch.long, device=tokens.device)
         order = torch.arange(1, keep + 1, device=tokens.device).expand(len(tokens), -1)
         place.scatter_(1, kept, order)

@@ -1,115 +1,400 @@
-"""Tree and rule for this head on this device: every candidate is run, not predicted."""
+"""The fastest policy within a budget of fidelity: searched on a trace with this device's costs, confirmed by real runs.
+
+Tokens per second are predicted from rounds replayed on the contexts of the trace. A policy that accepts other tokens comes
+to other contexts, so its acceptance length is an estimate; what is chosen was run, on prompts the trace does not hold.
+"""
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+import itertools
+import tempfile
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from rich.table import Table
+from torch import Tensor
 
+from slipstream.configs.errors import SlipstreamError
+from slipstream.configs.progress import progress
+from slipstream.configs.suggest import near
+from slipstream.data.template import encode_prompt
+from slipstream.decode.costs import PROBES, measure_costs
 from slipstream.decode.engine import Decoder
-from slipstream.decode.evaluate import run
+from slipstream.decode.evaluate import answer
+from slipstream.decode.recorder import record
+from slipstream.decode.replay import check, cut, judge
+from slipstream.decode.speculation import SCHEDULES, Speculation
+from slipstream.decode.trace import Trace
 from slipstream.decode.tree import TreeShape
 from slipstream.decode.verify import Verifier
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from slipstream.decode.costs import Costs
     from slipstream.decode.evaluate import Record
     from slipstream.decode.policy import Policy
+    from slipstream.decode.trace import Rounds
+    from slipstream.decode.tree import Tree
 
-SHAPES = (
-    TreeShape(2, 1, 3),
-    TreeShape(3, 1, 4),
-    TreeShape(2, 3, 8),
-    TreeShape(3, 3, 10),
-    TreeShape(3, 4, 16),
-    TreeShape(5, 5, 24),
+LARGEST = TreeShape(6, 6, 48)
+"""The tree a trace is recorded with; those searched are parts of it."""
+
+SHAPES = tuple(
+    TreeShape(depth, top_k, nodes)
+    for top_k in sorted({shape.top_k for shape in PROBES})
+    for depth in range(1, LARGEST.depth + 1)
+    for nodes in sorted({*(4, 6, 8, 10, 12, 16, 20, 24, 32), 1 + top_k, 1 + depth})
+    if max(depth, top_k) < nodes <= 1 + top_k + (depth - 1) * top_k**2
 )
 RULES = (
-    *(Verifier("mars", "margin", m) for m in (0.25, 0.5, 1.0)),
-    *(Verifier("mars", "ratio", r) for r in (0.98, 0.95, 0.9)),
+    *(
+        Verifier("mars", "margin", m, rank=rank, per_round=most)
+        for m in (0.1, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
+        for rank in (2, 3)
+        for most in (float("inf"), 1)
+    ),
+    *(Verifier("mars", "ratio", r, per_round=most) for r in (0.98, 0.95, 0.9, 0.85) for most in (float("inf"), 1)),
 )
+"""Relaxed rules; greedily, `odds` rho is `margin` -log rho."""
+
+_WIDELY = 16  # trees that all rules are tried on
+_RUNS = 3  # points that are run beside the fastest exact one
+KINDS = ("strict", "regret", "agreement", "task")
 
 
-def _point(label: str, records: list[Record], lossless: bool) -> dict[str, Any]:
-    tokens = sum(r.tokens for r in records)
-    lengths = [n for r in records for n in r.accept_lengths]
-    return {
-        "label": label,
-        "tokens_per_second": round(tokens / sum(r.seconds for r in records), 2),
-        "acceptance_length": round(sum(lengths) / max(1, len(lengths)), 3),
-        "mean_regret_nats": round(sum(r.regret for r in records) / tokens, 5),
-        "relaxed_share": round(sum(r.relaxed for r in records) / tokens, 4),
-        "lossless": lossless,
-        "chosen": False,
-    }
+@dataclass(frozen=True)
+class Budget:
+    """What the chosen policy may cost in fidelity.
+
+    Attributes:
+        kind: `strict`, exact decoding; `regret`, nats per token at most; `agreement`, the least share of tokens before
+            the first difference from the exact output.
+        value: The limit; of `strict` it means nothing.
+    """
+
+    kind: str = "strict"
+    value: float = 0.0
+
+    @classmethod
+    def parse(cls, text: str) -> Budget:
+        """`strict`, `regret=0.02` or `agreement=0.98`.
+
+        Raises:
+            SlipstreamError: If it is none of these.
+        """
+        kind, _, number = text.partition("=")
+        if kind not in KINDS:
+            raise SlipstreamError(f"unknown budget {kind!r}{near(kind, KINDS)}")
+        if kind == "task":
+            raise SlipstreamError(
+                "a task budget needs scored answers, which tune does not run; give regret or agreement"
+            )
+        if kind == "strict":
+            if number:
+                raise SlipstreamError(f"the strict budget takes no number, but was given {number}")
+            return cls()
+        try:
+            value = float(number)
+        except ValueError:
+            raise SlipstreamError(f"the budget {kind} needs a number: {kind}=0.02, not {text!r}") from None
+        if not value >= 0 or (kind == "agreement" and value > 1):
+            raise SlipstreamError(f"the budget {kind} is out of range: {value:g}")
+        return cls(kind, value)
+
+    def __str__(self) -> str:
+        return self.kind if self.kind == "strict" else f"{self.kind}={self.value:g}"
+
+    def met(self, point: Point) -> bool:
+        """Whether a point that was run keeps to it; exact decoding is for `strict` alone."""
+        if self.kind == "strict" or point.rule.lossless:
+            return self.kind == "strict" and point.rule.lossless
+        return point.regret <= self.value if self.kind == "regret" else point.agreement >= self.value
+
+
+@dataclass(frozen=True)
+class Point:
+    """A policy and what it gives.
+
+    Attributes:
+        shape: Tree.
+        rule: Verification rule.
+        speed: Tokens per second.
+        tau: Acceptance length.
+        regret: Nats per token.
+        relaxed: Share of tokens that were relaxed.
+        schedule: Of speculation.
+        predicted: Tokens per second foreseen, of a point that was run; None where the schedule cannot be foreseen.
+        agreement: Share of tokens before the first difference from the exact output, of a point that was run.
+        confirmed: Whether it was run.
+    """
+
+    shape: TreeShape
+    rule: Verifier
+    speed: float
+    tau: float
+    regret: float
+    relaxed: float
+    schedule: str = "fixed"
+    predicted: float | None = None
+    agreement: float = 1.0
+    confirmed: bool = False
+
+    @property
+    def label(self) -> str:
+        """Rule, tree and schedule in words."""
+        guards = [f"rank {self.rule.rank}"] if self.rule.rank > 2 else []
+        guards += [f"{self.rule.per_round:g} a round"] if self.rule.per_round < float("inf") else []
+        shape = f"depth {self.shape.depth}, top-k {self.shape.top_k}, {self.shape.nodes} nodes"
+        words = [self.rule.label, *guards, shape, *([self.schedule] if self.schedule != "fixed" else [])]
+        return ", ".join(words)
+
+    def apply(self, policy: Policy) -> Policy:
+        """The policy with this point's tree and schedule, and its rule as the relaxed one if it is one."""
+        relaxed = policy.relaxed if self.rule.lossless else self.rule
+        return replace(policy, tree=self.shape, relaxed=relaxed, speculation=Speculation(self.schedule))
+
+    def to_dict(self, chosen: bool) -> dict[str, Any]:
+        """As the report and `decode.json` have it."""
+        return {
+            "label": self.label,
+            "tokens_per_second": round(self.speed, 2),
+            "predicted_tokens_per_second": None if self.predicted is None else round(self.predicted, 2),
+            "acceptance_length": round(self.tau, 3),
+            "mean_regret_nats": round(self.regret, 5),
+            "relaxed_share": round(self.relaxed, 4),
+            "agreement": round(self.agreement, 4) if self.confirmed else None,
+            "lossless": self.rule.lossless,
+            "confirmed": self.confirmed,
+            "chosen": chosen,
+        }
 
 
 def tune(
     decoder: Decoder,
     prompts: Sequence[dict[str, Any]],
     *,
-    regret_budget: float = 0.02,
-    max_new_tokens: int = 64,
+    budget: Budget,
+    max_new_tokens: int = 96,
+    trace: Path | None = None,
     shapes: Sequence[TreeShape] = SHAPES,
     rules: Sequence[Verifier] = RULES,
 ) -> tuple[Policy, list[dict[str, Any]]]:
-    """The fastest tree under exact verification, then the fastest relaxed rule within the budget.
+    """The fastest policy within the budget.
 
     Args:
-        decoder: Target and head; its policy is the starting point.
-        prompts: Held-out prompt rows.
-        regret_budget: Mean regret allowed, nats per emitted token.
+        decoder: Target and draft; its policy is the starting point.
+        prompts: Held-out prompt rows; every other one is recorded, the rest are run.
+        budget: Of fidelity.
         max_new_tokens: Per turn.
-        shapes: Trees to try.
-        rules: Relaxed rules to try on the best tree. Where none meets the budget, the one of least regret is taken.
+        trace: Where to keep the trace; one that is there is taken as it is.
+        shapes: Trees to try, parts of `LARGEST`.
+        rules: Relaxed rules to try.
 
     Returns:
-        The tuned policy, and the frontier: one point per rule, exact first.
+        The tuned policy, and the frontier: predicted points that no other beats in speed and regret, and those run.
+
+    Raises:
+        SlipstreamError: If nothing that was run is within the budget; the nearest point is named.
     """
-    trees = []
-    for shape in shapes:
-        variant = Decoder(decoder.target, decoder.drafter, replace(decoder.policy, tree=shape))
-        label = f"tree: depth {shape.depth}, top-k {shape.top_k}, {shape.nodes} nodes"
-        (records,) = run(variant, ["exact"], prompts, max_new_tokens=max_new_tokens, label=label)
-        trees.append((_point(label, records, True), shape))
-    best = max(trees, key=lambda pair: pair[0]["tokens_per_second"])[1]
-    policy = replace(decoder.policy, tree=best)
-    variant = Decoder(decoder.target, decoder.drafter, policy)
-    names: list[str | Verifier] = ["exact", *rules]
-    groups = run(variant, names, prompts, max_new_tokens=max_new_tokens, label="verification rules")
-    points = [
-        _point(policy.rule(rule).label, group, rule == "exact") for rule, group in zip(names, groups, strict=True)
-    ]
-    within = [i for i in range(1, len(points)) if points[i]["mean_regret_nats"] <= regret_budget]
-    if within:
-        chosen = max(within, key=lambda i: points[i]["tokens_per_second"])
-    else:
-        chosen = min(range(1, len(points)), key=lambda i: points[i]["mean_regret_nats"])
-    points[chosen]["chosen"] = True
+    if len(prompts) < 2:
+        raise SlipstreamError("tuning needs at least 2 prompts: one half is recorded, the other is run")
+    with tempfile.TemporaryDirectory() as folder:
+        path = trace or Path(folder) / "trace.arrow"
+        if not path.is_file():
+            _record(decoder, prompts[::2], path, max_new_tokens)
+        costs = measure_costs(decoder, [_prompt(decoder, row) for row in prompts])
+        points = predict(Trace.open(path, decoder), costs, shapes, rules)
+    best, others = frontier(points), prompts[1::2]
+    ran = _run(decoder, _candidates(points, best, budget), others, max_new_tokens)
+    first, fixed = ran[0], _choose(ran, budget)
+    assert first.predicted and fixed.predicted
+    paired = [fixed] if fixed.rule.lossless else [first, fixed]
+    schedules = [replace(fixed, schedule=name, predicted=None) for name in SCHEDULES if name != "fixed"]
+    again = _run(decoder, [*paired, *schedules], others, max_new_tokens)
+    chosen = _choose(again, budget)
+    ran = [point for point in ran if point not in paired] + again
     measured = {
-        "prompts": len(prompts),
+        "budget": str(budget),
+        "prompts": len(others),
         "max_new_tokens": max_new_tokens,
-        "regret_budget_nats": regret_budget,
-        "within_budget": bool(within),
-        "exact": points[0],
-        "relaxed": points[chosen],
-        "trees": [{**asdict(shape), **point} for point, shape in trees],
+        "exact": again[0].to_dict(chosen is again[0]),
+        "chosen": chosen.to_dict(True),
+        "confirmed_over_predicted": {
+            "exact": round(first.speed / first.predicted, 3),
+            "chosen": round(fixed.speed / fixed.predicted, 3),
+        },
+        "costs": asdict(costs),
     }
-    return replace(policy, relaxed=rules[chosen - 1], measured=measured), points
+    rows = [*(point.to_dict(False) for point in best), *(point.to_dict(point is chosen) for point in ran)]
+    return replace(chosen.apply(decoder.policy), measured=measured), rows
+
+
+def _prompt(decoder: Decoder, row: dict[str, Any]) -> Tensor:
+    """The first turn of a prompt row, [1, n]."""
+    messages = [{"role": "user", "content": row["turns"][0]}]
+    return torch.tensor([encode_prompt(decoder.target.chat_tokenizer, messages)], device=decoder.target.device)
+
+
+def _record(decoder: Decoder, prompts: Sequence[dict[str, Any]], path: Path, max_new_tokens: int) -> None:
+    """Decode the prompts' first turns exactly, with the largest tree, into a trace."""
+    large = Decoder(decoder.target, decoder.drafter, replace(decoder.policy, tree=LARGEST, speculation=Speculation()))
+    with record(path, large) as recorder, progress("trace", len(prompts), "prompts") as advance:
+        for row in prompts:
+            ids = _prompt(decoder, row)
+            large.generate(ids, max_new_tokens=max_new_tokens, verify="exact", observer=recorder)
+            advance()
+
+
+def predict(
+    trace: Trace, costs: Costs, shapes: Sequence[TreeShape] = SHAPES, rules: Sequence[Verifier] = RULES
+) -> list[Point]:
+    """Exact decoding with every tree, and every relaxed rule with the best of them.
+
+    Raises:
+        SlipstreamError: If the trace cannot tell.
+    """
+    chunks = list(trace.rounds())
+    for shape in shapes:
+        check(trace.header, Verifier(), shape)
+    trees = {shape: [cut(rounds, trace.header.tree, shape)[0] for rounds in chunks] for shape in shapes}
+
+    def foresee(shape: TreeShape, rule: Verifier) -> Point:
+        return _foresee(trace, list(zip(chunks, trees[shape], strict=True)), shape, rule, costs)
+
+    with progress("search", len(shapes) + _WIDELY * len(rules), "policies") as advance:
+        points = []
+        for shape in shapes:
+            points.append(foresee(shape, Verifier()))
+            advance()
+        good = sorted(points, key=lambda point: -point.speed)[:_WIDELY]
+        for point, rule in itertools.product(good, rules):
+            points.append(foresee(point.shape, rule))
+            advance()
+    return points
+
+
+def _foresee(
+    trace: Trace, chunks: Sequence[tuple[Rounds, Tree]], shape: TreeShape, rule: Verifier, costs: Costs
+) -> Point:
+    """What a policy should give on texts like the recorded ones."""
+    tokens = requests = drafted = emitted = relaxed = 0
+    regret = 0.0
+    for rounds, tree in chunks:
+        decision = judge(rounds, tree, rule, trace.header)
+        first = rounds.round == 0
+        lossy = (decision.tags == 1) & (torch.arange(decision.tags.shape[1]) < decision.counts[:, None])
+        tokens += int(rounds.counts.sum())
+        requests += int(first.sum())
+        drafted += int((~first).sum())
+        emitted += int(decision.counts[~first].sum())
+        relaxed += int(lossy.sum())
+        regret += float(decision.regrets[lossy].sum())
+    tau = emitted / max(1, drafted)
+    seconds = requests * costs.prompt + (tokens - requests) / max(1.0, tau) * costs.round(shape)
+    replayed = emitted + requests
+    return Point(shape, rule, tokens / seconds, tau, regret / replayed, relaxed / replayed)
+
+
+def frontier(points: Sequence[Point]) -> list[Point]:
+    """The points that no other beats in both speed and regret, by regret."""
+    out: list[Point] = []
+    for point in sorted(points, key=lambda point: (point.regret, -point.speed)):
+        if not out or point.speed > out[-1].speed:
+            out.append(point)
+    return out
+
+
+def _candidates(points: Sequence[Point], best: Sequence[Point], budget: Budget) -> list[Point]:
+    """Which points to run: the fastest exact one first, then the most promising ones of the budget's kind."""
+    exact, relaxed = ([p for p in points if p.rule.lossless is kind] for kind in (True, False))
+    exact.sort(key=lambda point: -point.speed)
+    relaxed.sort(key=lambda point: -point.speed)
+    if budget.kind == "strict":
+        return exact[: 1 + _RUNS]
+    cautious = min(relaxed, key=lambda point: (point.regret, -point.speed))
+    if budget.kind == "regret":
+        chosen = [point for point in relaxed if point.regret <= budget.value][:_RUNS]
+    else:
+        line = [point for point in best if not point.rule.lossless]
+        chosen = [line[i * (len(line) - 1) // max(1, _RUNS - 1)] for i in range(_RUNS)] if line else []
+    return [exact[0], *dict.fromkeys([*chosen, cautious])]
+
+
+def _run(
+    decoder: Decoder, points: Sequence[Point], prompts: Sequence[dict[str, Any]], max_new_tokens: int
+) -> list[Point]:
+    """The points as they turn out in real runs; the first is exact. All answer a prompt before the next one comes."""
+    variants = [Decoder(decoder.target, decoder.drafter, point.apply(decoder.policy)) for point in points]
+    pairs = list(zip(variants, (point.rule for point in points), strict=True))
+    for variant, rule in pairs:  # warm-up, not counted
+        answer(variant, rule, prompts[0], max_new_tokens=8)
+    records: list[list[Record]] = [[] for _ in points]
+    with progress("confirm", len(points) * len(prompts), "answers") as advance:
+        for row in prompts:
+            for group, (variant, rule) in zip(records, pairs, strict=True):
+                group.append(answer(variant, rule, row, max_new_tokens=max_new_tokens))
+                advance()
+    return [_confirmed(point, group, records[0]) for point, group in zip(points, records, strict=True)]
+
+
+def _confirmed(point: Point, records: Sequence[Record], exact: Sequence[Record]) -> Point:
+    tokens = sum(r.tokens for r in records)
+    lengths = [n for r in records for n in r.accept_lengths]
+    same = longer = 0
+    for ours, theirs in zip(records, exact, strict=True):
+        for mine, strict in zip(ours.outputs, theirs.outputs, strict=True):
+            same += sum(
+                1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(mine, strict, strict=False))
+            )
+            longer += max(len(mine), len(strict))
+    return replace(
+        point,
+        speed=tokens / sum(r.seconds for r in records),
+        tau=sum(lengths) / max(1, len(lengths)),
+        regret=sum(r.regret for r in records) / tokens,
+        relaxed=sum(r.relaxed for r in records) / tokens,
+        predicted=point.predicted if point.confirmed else point.speed,
+        agreement=same / max(1, longer),
+        confirmed=True,
+    )
+
+
+def _choose(ran: Sequence[Point], budget: Budget) -> Point:
+    """The fastest point that was run and keeps to the budget.
+
+    Raises:
+        SlipstreamError: If there is none; the nearest is named.
+    """
+    within = [point for point in ran if budget.met(point)]
+    if within:
+        return max(within, key=lambda point: point.speed)
+    relaxed = [point for point in ran if not point.rule.lossless]
+    near_by = min(
+        relaxed, key=lambda point: (point.regret if budget.kind == "regret" else -point.agreement, -point.speed)
+    )
+    found = f"{near_by.regret:.4f} nats" if budget.kind == "regret" else f"{near_by.agreement:.3f}"
+    raise SlipstreamError(
+        f"no relaxed policy keeps to {budget} here; the nearest has {found}: {near_by.label}. "
+        "Give that budget, or --budget strict"
+    )
 
 
 def frontier_table(points: Sequence[dict[str, Any]]) -> Table:
-    """The frontier for the terminal; the chosen rule is marked."""
-    table = Table("", "rule", "tokens/s", "acceptance length", "mean regret (nats)", "relaxed", box=None)
+    """What was run, for the terminal; the chosen point is marked."""
+    table = Table("", "policy", "tokens/s", "predicted", "tau", "regret (nats)", "agreement", box=None)
     for p in points:
-        table.add_row(
-            "*" if p["chosen"] else "",
-            p["label"],
-            f"{p['tokens_per_second']:.1f}",
-            f"{p['acceptance_length']:.2f}",
-            f"{p['mean_regret_nats']:.4f}",
-            f"{p['relaxed_share']:.1%}",
-        )
+        if p["confirmed"]:
+            foreseen = p["predicted_tokens_per_second"]
+            table.add_row(
+                "*" if p["chosen"] else "",
+                p["label"],
+                f"{p['tokens_per_second']:.1f}",
+                "-" if foreseen is None else f"{foreseen:.1f}",
+                f"{p['acceptance_length']:.2f}",
+                f"{p['mean_regret_nats']:.4f}",
+                f"{p['agreement']:.2f}",
+            )
     return table

@@ -15,18 +15,20 @@ from torch import Tensor
 from slipstream.configs.errors import SlipstreamError
 from slipstream.configs.suggest import near
 from slipstream.decode.draws import draw
+from slipstream.decode.evidence import LogitEvidence
 from slipstream.decode.rules import Choice, admit, block, released, speculative_sampling
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from slipstream.decode.evidence import Evidence
     from slipstream.decode.tree import Tree
 
 RULES = ("exact", "block", "mars", "lenience", "typical", "top_n", "released")
 SIGNALS = {"ratio": 0.9, "margin": 1.0, "odds": 0.4}
 """Signals of the relaxed rule and the threshold each has by default."""
 
-_TAGS = ("exact", "relaxed", "bonus")
+TAGS = ("exact", "relaxed", "bonus")
 
 
 @dataclass(frozen=True)
@@ -159,6 +161,11 @@ class Spent:
     relaxed: int = 0
     regret: float = 0.0
 
+    def add(self, tokens: Sequence[Token]) -> None:
+        """Count the relaxed ones."""
+        self.relaxed += sum(token.tag == "relaxed" for token in tokens)
+        self.regret += sum(token.regret for token in tokens if token.tag == "relaxed")
+
 
 class Token(NamedTuple):
     """One emitted token.
@@ -226,9 +233,8 @@ class Decision(NamedTuple):
                 raise SlipstreamError(
                     f"the target's logits at draft node {bad} are not finite; check its weights and dtype"
                 )
-            out = [Token(int(t), _TAGS[int(tag)], None if lossless else m, r) for _, _, t, tag, m, r, _ in kept]
-            mine.relaxed += sum(token.tag == "relaxed" for token in out)
-            mine.regret += sum(token.regret for token in out if token.tag == "relaxed")
+            out = [Token(int(t), TAGS[int(tag)], None if lossless else m, r) for _, _, t, tag, m, r, _ in kept]
+            mine.add(out)
             verdict.paths.append([int(node) for _, node, *_ in kept])
             verdict.tokens.append(out)
         return verdict
@@ -273,30 +279,38 @@ def decide(
     never_relax: Tensor | None = None,
 ) -> Decision:
     """`verify`, with everything left on the device."""
+    evidence = LogitEvidence(tree, logits)
+    if processed is None:
+        return decide_greedily(verifier, tree, evidence, spent, never_relax)
     generators = generators or [torch.Generator(logits.device).manual_seed(0)]
-    p = None if processed is None else torch.softmax(processed.float(), -1)
-    top, decided = logits.max(-1)  # on a CPU in bf16 ten times as fast as argmax
-    drawn = tree.drawn if p is not None else None
+    p, drawn = torch.softmax(processed.float(), -1), tree.drawn
     if drawn is not None and not verifier.lossless:
         raise SlipstreamError(
             f"rule {verifier.rule!r} judges trees of the likeliest drafts; drawn ones need exact or block"
         )
-    if verifier.rule == "block" and p is not None and (drawn is None or tree.nodes != tree.levels + 1):
+    if verifier.rule == "block" and (drawn is None or tree.nodes != tree.levels + 1):
         raise SlipstreamError("rule 'block' needs a drawn chain: TreeShape.chain(depth, sampled=True)")
-    if p is not None and drawn is not None:
+    if drawn is not None:
         choice = (block if verifier.rule == "block" else speculative_sampling)(tree, p, drawn, generators)
-    elif p is not None and verifier.rule == "released":
+    elif verifier.rule == "released":
         choice = released(verifier, tree, processed, p, generators)
     else:
-        decided = decided if p is None else draw(p, generators)
-        choice = admit(verifier, tree, logits, processed, p, top, decided, generators, spent, never_relax)
-    return _decision(tree, logits, top, choice, verifier.lossless)
+        after = LogitEvidence(tree, processed)
+        choice = admit(verifier, tree, evidence, after, draw(p, generators), generators, spent, never_relax)
+    return _decision(tree, evidence, choice, verifier.lossless)
 
 
-def _decision(tree: Tree, logits: Tensor, top: Tensor, choice: Choice, lossless: bool) -> Decision:
+def decide_greedily(
+    verifier: Verifier, tree: Tree, evidence: Evidence, spent: Sequence[Spent], never_relax: Tensor | None = None
+) -> Decision:
+    """`decide` at temperature 0, from any evidence."""
+    choice = admit(verifier, tree, evidence, None, evidence.decided, [], spent, never_relax)
+    return _decision(tree, evidence, choice, verifier.lossless)
+
+
+def _decision(tree: Tree, evidence: Evidence, choice: Choice, lossless: bool) -> Decision:
     """Read off the accepted path, the emitted tokens and what they cost."""
-    rows = torch.arange(len(logits), device=logits.device)
-    line = tree.ancestors[rows, choice.leaf]  # [B, N], the accepted nodes
+    line = tree.ancestors[torch.arange(len(choice.leaf), device=choice.leaf.device), choice.leaf]  # [B, N], accepted
     counts = line.sum(1)
     place = torch.where(line, line.cumsum(1) - 1, tree.levels + 1)
     nodes = torch.arange(tree.nodes, device=line.device).expand_as(place)
@@ -306,10 +320,8 @@ def _decision(tree: Tree, logits: Tensor, top: Tensor, choice: Choice, lossless:
     ends = torch.arange(path.shape[1], device=path.device) == counts[:, None] - 1
     tokens = torch.where(ends, choice.bonus[:, None], tree.tokens.gather(1, after))
     tags = torch.where(ends, 2, choice.relaxed.gather(1, after).long())
-    best = top.gather(1, path).float()
-    regrets = best - logits[rows[:, None], path, tokens].float()
-    margins = torch.zeros_like(best)
-    if not lossless:
-        pair = logits[rows[:, None], path].topk(2).values.float()
-        margins = pair[..., 0] - pair[..., 1]
+    best = evidence.top.gather(1, path)
+    last = evidence.at(choice.leaf, choice.bonus)[:, None]
+    regrets = best - torch.where(ends, last, evidence.own.gather(1, after))
+    margins = torch.zeros_like(best) if lossless else evidence.margins(path)
     return Decision(counts, path, tokens, tags, margins, regrets, best)

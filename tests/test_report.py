@@ -67,8 +67,15 @@ def results() -> dict[str, Any]:
         "rows": rows,
         "policy": {"tree": {"depth": 4, "top_k": 3}, "verify": {"rule": "mars", "threshold": 0.9}},
         "frontier": [
-            labels | {"mean_regret_nats": 0.0, "chosen": False, "lossless": True},
-            labels | {"mean_regret_nats": 0.03, "tokens_per_second": 36.0, "chosen": True, "lossless": False},
+            labels | {"mean_regret_nats": 0.0, "chosen": False, "lossless": True, "confirmed": False},
+            labels
+            | {
+                "mean_regret_nats": 0.03,
+                "tokens_per_second": 36.0,
+                "chosen": True,
+                "lossless": False,
+                "confirmed": True,
+            },
         ],
         "training": {"curve": curve, "measured_chain_acceptance_length": 1.9, "minutes": 4.0, "tokens": 8192},
         "distributions": {"ratio": [0.8, 0.95, 0.99], "margin": [0.1, 2.0, float("inf")], "odds": [0.1, 0.2, 0.9]},
@@ -120,6 +127,7 @@ def test_full_page_has_every_section_and_described_figures(tmp_path: Path, resul
     assert "1.62, interval 1.55–1.70" in text
     assert "threshold 0.9: 67% on the relaxed side" in text
     assert "1 not finite, not drawn" in text
+    assert "depth 4 &lt;b&gt; 32.4 at 0.000, predicted" in text
     for expected in ("Memory bandwidth limits it.", "tree.depth", "5.0", "4.0 minutes."):
         assert expected in text
 

@@ -31,7 +31,7 @@ from slipstream.decode.signals import signal_samples
 from slipstream.decode.suite import header, sample
 from slipstream.decode.tasks import read_prompts, tuning_prompts
 from slipstream.decode.tree import TreeShape
-from slipstream.decode.tune import tune
+from slipstream.decode.tune import Budget, tune
 from slipstream.distill.heads import load_head, new_head, save_head
 from slipstream.distill.target import EMBEDDED, EMBEDDED_LICENSE, Target, load_target
 from slipstream.train.trainer import Trainer
@@ -166,7 +166,8 @@ class Quickstart:
     def tune(self, decoder: Decoder) -> None:
         """Tune tree and rule into `draft/decode.json`."""
         prompts = self.tune_prompts if self.minutes >= _SMOKE_MINUTES else self.tune_prompts[:2]
-        policy, frontier = tune(decoder, prompts, max_new_tokens=64 if self.minutes >= _SMOKE_MINUTES else 32)
+        tokens = 96 if self.minutes >= _SMOKE_MINUTES else 32
+        policy, frontier = tune(decoder, prompts, budget=Budget("regret", 0.02), max_new_tokens=tokens)
         policy.save(self.out / "draft")
         write_atomic(self.out / "frontier.json", json.dumps(frontier))
 

@@ -153,31 +153,34 @@ def tune(
     draft: Path,
     target: str = "smollm2-135m-instruct",
     prompts: Path | None = None,
-    regret: float = 0.02,
-    max_new_tokens: int = 64,
+    budget: str = "regret=0.02",
+    trace: Path | None = None,
+    max_new_tokens: int = 96,
     dtype: Dtype = "bfloat16",
 ) -> None:
-    """Choose tree and relaxed rule by real runs on this device; writes decode.json into the head's folder.
+    """Choose tree, rule and schedule for this device within a budget of fidelity; writes decode.json into the head's folder.
 
     Args:
         draft: The head's folder.
         target: The target model.
         prompts: JSONL of Spec-Bench rows; default: the tuning prompts that ship with the package.
-        regret: Mean regret the relaxed rule may cost, nats per token.
+        budget: `strict` (exact decoding), `regret=0.02` (nats per token at most), or `agreement=0.98` (the least share of
+            tokens before the first difference from the exact output).
+        trace: Where to keep what was recorded; a trace that is there is used, not recorded again.
         max_new_tokens: Per turn.
         dtype: Of target and head.
     """
     import slipstream
+    from slipstream.configs.progress import console
     from slipstream.decode.tasks import read_prompts, tuning_prompts
-    from slipstream.decode.tune import frontier_table
+    from slipstream.decode.tune import Budget, frontier_table
     from slipstream.decode.tune import tune as search
     from slipstream.distill.heads import check_head
 
     check_head(draft)  # not only on the hub: its folder is written to
+    limit = Budget.parse(budget)  # fails before anything runs
     rows = read_prompts(prompts) if prompts is not None else tuning_prompts()
     decoder = slipstream.load(target, str(draft), dtype=dtype)
-    policy, points = search(decoder, rows, regret_budget=regret, max_new_tokens=max_new_tokens)
+    policy, points = search(decoder, rows, budget=limit, max_new_tokens=max_new_tokens, trace=trace)
     policy.save(draft)
-    from slipstream.configs.progress import console
-
     console.print(frontier_table(points))

@@ -1,0 +1,270 @@
+"""Every round of a run in an Arrow file: what was drafted, what the target thought of it, what was kept, how long it took."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from slipstream.configs.errors import SlipstreamError
+from slipstream.decode.drafters import HeadDrafter, ModelDrafter
+from slipstream.decode.tree import Tree, TreeShape, make_tree
+from slipstream.decode.verify import Spent, Verifier
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from slipstream.decode.drafters import Drafter
+    from slipstream.decode.engine import Decoder
+
+VERSION = 1
+KEY = b"slipstream.trace"
+
+ROUND = {  # columns with one value a round
+    "request": pa.int32(),
+    "round": pa.int32(),
+    "levels": pa.uint8(),
+    "spent_relaxed": pa.int32(),
+    "spent_regret": pa.float64(),
+    "draft_seconds": pa.float32(),
+    "target_seconds": pa.float32(),
+    "rest_seconds": pa.float32(),
+}
+NODE = {  # one a node; of the last two, `top` a node
+    "tokens": pa.int32(),
+    "parents": pa.uint16(),
+    "scores": pa.float32(),
+    "own": pa.float32(),
+    "total": pa.float32(),
+    "entropy": pa.float32(),
+    "best_tokens": pa.int32(),
+    "best_logits": pa.float32(),
+}
+PATH = {"path": pa.uint16(), "emitted": pa.int32(), "tags": pa.uint8()}  # one an emitted token
+LISTS = NODE | PATH
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a trace was recorded with.
+
+    Attributes:
+        target: Name of the target.
+        draft: Fingerprint of the drafter.
+        dtype: Of the target.
+        policy: Tree and speculation schedule, as in `decode.json`.
+        rule: The verification rule, as in `decode.json`.
+        temperature: 0 where decoding was greedy.
+        never_relax: Tokens that only pass exactly.
+        top: Largest logits kept of every node.
+        version: Of the format.
+    """
+
+    target: str
+    draft: str
+    dtype: str
+    policy: dict[str, Any]
+    rule: dict[str, Any]
+    temperature: float
+    never_relax: list[int]
+    top: int
+    version: int = VERSION
+
+    @property
+    def tree(self) -> TreeShape:
+        """The tree that was drafted."""
+        return TreeShape(**self.policy["tree"])
+
+    @property
+    def verifier(self) -> Verifier:
+        """The rule that was applied."""
+        return Verifier.from_dict(self.rule)
+
+
+def fingerprint(drafter: Drafter) -> str:
+    """Tells one draft from another: a hash of its weights in bf16, or its kind and settings where it has none."""
+    module = None
+    if isinstance(drafter, HeadDrafter):
+        module = drafter.head
+    elif isinstance(drafter, ModelDrafter):
+        module = drafter.model.model
+    if module is None:
+        return repr(drafter) if is_dataclass(drafter) else type(drafter).__name__
+    digest = hashlib.sha256()
+    for name, value in sorted(module.state_dict().items()):
+        digest.update(name.encode())
+        bits = value.bfloat16().view(torch.int16) if value.is_floating_point() else value
+        digest.update(bits.cpu().contiguous().numpy())
+    return digest.hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class TraceEvidence:
+    """Evidence as a trace holds it: greedy, and of the few largest logits only (`evidence.Evidence` has the shapes)."""
+
+    own: Tensor
+    total: Tensor
+    entropy: Tensor
+    decided: Tensor
+    logits: Tensor  # the largest of each node, [R, N, top]
+
+    @property
+    def top(self) -> Tensor:
+        """The largest logit, [R, N]."""
+        return self.logits[..., 0]
+
+    def best(self, count: int) -> Tensor:
+        """The `count` largest logits, [R, N, count].
+
+        Raises:
+            SlipstreamError: If the trace holds fewer.
+        """
+        held = self.logits.shape[-1]
+        if count > held:
+            raise SlipstreamError(
+                f"the rule looks at the {count} largest logits of a node, the trace holds {held}: record it with more"
+            )
+        return self.logits[..., :count]
+
+    def margins(self, path: Tensor) -> Tensor:
+        """z1 - z2 at the nodes `path` [R, D]."""
+        return (self.logits[..., 0] - self.logits[..., 1]).gather(1, path)
+
+    def at(self, nodes: Tensor, tokens: Tensor) -> Tensor:
+        """Logits of the tokens that end a round: greedily, the largest."""
+        return self.top.gather(1, nodes[:, None])[:, 0]
+
+
+@dataclass(frozen=True)
+class Rounds:
+    """R rounds of a trace. Rows with fewer nodes than N are filled with children of the root whose token is -1.
+
+    Attributes:
+        tree: What was drafted; `levels` is the most of all rows.
+        levels: Levels drafted in each round, [R].
+        evidence: What the target thought of it.
+        request: Which request each round belongs to, [R].
+        round: Its number there, [R]; round 0 is the prompt's own forward.
+        spent: What the request had used of its budgets before.
+        seconds: In the drafter, in the target and in all else, [R, 3]; those of the whole batch it was decoded in.
+        counts: Tokens emitted, the end of a request not cut yet, [R].
+        path: Nodes accepted, the root first, [R, D], -1 behind the counts.
+        emitted: Tokens, the bonus last, [R, D], -1 behind the counts.
+        tags: 0 exact, 1 relaxed, 2 bonus, [R, D], -1 behind the counts.
+    """
+
+    tree: Tree
+    levels: Tensor
+    evidence: TraceEvidence
+    request: Tensor
+    round: Tensor
+    spent: list[Spent]
+    seconds: Tensor
+    counts: Tensor
+    path: Tensor
+    emitted: Tensor
+    tags: Tensor
+
+
+@dataclass(frozen=True)
+class Trace:
+    """A trace on disk; open one with `Trace.open`."""
+
+    path: Path
+    header: Header
+    _reader: pa.RecordBatchFileReader = field(repr=False, compare=False)
+
+    @classmethod
+    def open(cls, path: Path, decoder: Decoder | None = None) -> Trace:
+        """Open a trace, to be used with a decoder.
+
+        Raises:
+            SlipstreamError: If it is missing, no trace of this format, or of another target, draft or dtype.
+        """
+        if not path.is_file():
+            raise SlipstreamError(f"trace {str(path)!r} does not exist")
+        try:
+            reader = pa.ipc.open_file(pa.memory_map(str(path)))
+        except pa.ArrowInvalid as error:
+            raise SlipstreamError(f"{path} is not a trace, or not a whole one") from error
+        metadata = (reader.schema.metadata or {}).get(KEY)
+        if metadata is None:
+            raise SlipstreamError(f"{path} is not a trace of slipstream")
+        data = json.loads(metadata)
+        if data["version"] != VERSION:
+            raise SlipstreamError(f"{path} is a trace of format {data['version']}, this version reads {VERSION}")
+        header = Header(**{f.name: data[f.name] for f in fields(Header)})
+        if decoder is not None:
+            _require_same(path, header, decoder)
+        return cls(path, header, reader)
+
+    def __len__(self) -> int:
+        return sum(self._reader.get_batch(i).num_rows for i in range(self._reader.num_record_batches))
+
+    def rounds(self) -> Iterator[Rounds]:
+        """All rounds in the order they were recorded, some at a time."""
+        for i in range(self._reader.num_record_batches):
+            yield _read(self._reader.get_batch(i), self.header.top)
+
+
+def _require_same(path: Path, header: Header, decoder: Decoder) -> None:
+    target = decoder.target
+    here = {
+        "target": target.name,
+        "draft": fingerprint(decoder.drafter),
+        "dtype": str(target.dtype).removeprefix("torch."),
+    }
+    for name, ours in here.items():
+        theirs = asdict(header)[name]
+        if theirs != ours:
+            raise SlipstreamError(f"{path} was recorded with {name} {theirs}, not {ours}; record it again")
+
+
+def _read(batch: pa.RecordBatch, top: int) -> Rounds:
+    def of_round(name: str) -> Tensor:
+        return torch.from_numpy(batch.column(name).to_numpy(zero_copy_only=False).astype(_numpy(ROUND[name])))
+
+    def padded(name: str, fill: float, width: int = 1) -> Tensor:
+        """A list column as [R, most] or [R, most, width]."""
+        column = batch.column(name)
+        sizes = torch.from_numpy(np.diff(column.offsets.to_numpy()).astype(np.int64)) // width
+        flat = torch.from_numpy(column.flatten().to_numpy().astype(_numpy(LISTS[name])))
+        out = flat.new_full((len(sizes), int(sizes.max()), width), fill)
+        out[torch.arange(out.shape[1]) < sizes[:, None]] = flat.view(-1, width)
+        return out if width > 1 else out[..., 0]
+
+    levels = of_round("levels")
+    tree = make_tree(padded("tokens", -1), padded("parents", 0), padded("scores", -torch.inf), int(levels.max()))
+    path = padded("path", -1)
+    spent = zip(of_round("spent_relaxed").tolist(), of_round("spent_regret").tolist(), strict=True)
+    return Rounds(
+        tree=tree,
+        levels=levels,
+        evidence=TraceEvidence(
+            own=padded("own", -torch.inf),
+            total=padded("total", 0.0),
+            entropy=padded("entropy", 0.0),
+            decided=padded("best_tokens", 0, top)[..., 0],
+            logits=padded("best_logits", 0.0, top),
+        ),
+        request=of_round("request"),
+        round=of_round("round"),
+        spent=[Spent(relaxed, regret) for relaxed, regret in spent],
+        seconds=torch.stack([of_round(name) for name in list(ROUND)[-3:]], 1),
+        counts=(path >= 0).sum(1),
+        path=path,
+        emitted=padded("emitted", -1),
+        tags=padded("tags", -1),
+    )
+
+
+def _numpy(kind: pa.DataType) -> type:
+    """What torch computes with: 64-bit integers, floats as they are."""
+    return kind.to_pandas_dtype() if pa.types.is_floating(kind) else np.int64

@@ -1,0 +1,176 @@
+"""Tuning: what is predicted from a trace, what is run, and what is said where a budget cannot be met."""
+
+import json
+
+import pytest
+import torch
+from tiny import tiny_head
+
+from slipstream.cli import main
+from slipstream.configs.errors import SlipstreamError
+from slipstream.decode.costs import Costs, measure_costs
+from slipstream.decode.drafters import HeadDrafter
+from slipstream.decode.engine import Decoder
+from slipstream.decode.policy import Policy
+from slipstream.decode.recorder import record
+from slipstream.decode.trace import Trace
+from slipstream.decode.tree import TreeShape
+from slipstream.decode.tune import LARGEST, SHAPES, Budget, Point, frontier, predict, tune
+from slipstream.decode.verify import Verifier
+from slipstream.distill.heads import save_head
+from slipstream.distill.target import load_target
+
+PROMPTS = [{"question_id": i, "category": "", "turns": [text]} for i, text in enumerate(("Hi", "Yo", "hello", "Hi Yo"))]
+FEW = (TreeShape(1, 2, 3), TreeShape(2, 2, 6), TreeShape(3, 1, 4))
+EVEN = Costs(0.0, dict.fromkeys((1, 2, 3, 4, 6), (0.0, 0.0)), [2, 48], [0.01, 0.01], [0.0, 0.0])
+
+
+@pytest.fixture(scope="module")
+def head_folder(tiny_target_folder, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("head") / "draft"
+    target = load_target(str(tiny_target_folder), dtype=torch.float32)
+    save_head(tiny_head(target, target.vocab_size), folder, {})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def decoder(tiny_target_folder):
+    target = load_target(str(tiny_target_folder), dtype=torch.float32)
+    return Decoder(target, HeadDrafter(tiny_head(target, target.vocab_size), target))
+
+
+@pytest.fixture(scope="module")
+def trace(decoder, tmp_path_factory):
+    """A trace of the largest tree, and the acceptance length of the run."""
+    path = tmp_path_factory.mktemp("trace") / "trace.arrow"
+    large = Decoder(decoder.target, decoder.drafter, Policy(tree=LARGEST))
+    with record(path, large) as recorder:
+        ids = torch.randint(3, 250, (4, 8), generator=torch.Generator().manual_seed(0))
+        stats = large.generate(ids, max_new_tokens=40, observer=recorder).stats
+    return Trace.open(path), stats
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("strickt", "did you mean 'strict'"),
+        ("strict=1", "takes no number"),
+        ("regret", "needs a number"),
+        ("regret=low", "needs a number"),
+        ("regret=-1", "out of range"),
+        ("agreement=98", "out of range"),
+        ("agreement=nan", "out of range"),
+        ("task=0.98", "scored answers"),
+    ],
+)
+def test_a_budget_that_means_nothing_is_refused(text, message):
+    with pytest.raises(SlipstreamError, match=message):
+        Budget.parse(text)
+
+
+def test_budgets_are_read():
+    assert Budget.parse("strict") == Budget()
+    assert Budget.parse("regret=0.02") == Budget("regret", 0.02)
+    assert str(Budget.parse("agreement=0.98")) == "agreement=0.98"
+
+
+def test_the_recorded_policy_is_predicted_as_it_was_recorded(trace):
+    recorded, stats = trace
+    points = predict(recorded, EVEN, [LARGEST], [Verifier("mars", "margin", 0.0)])
+    lengths = torch.cat([rounds.counts[rounds.round > 0] for rounds in recorded.rounds()]).double()
+    assert points[0].tau == pytest.approx(float(lengths.mean()))
+    assert points[0].tau == pytest.approx(stats.acceptance_length, rel=0.1)  # which does not count what the end cut off
+    assert (points[1].tau, points[1].regret, points[1].relaxed) == (points[0].tau, 0.0, 0.0)
+
+
+def test_predictions_follow_the_costs_and_the_rule(trace):
+    even = {p.shape: p for p in predict(trace[0], EVEN, SHAPES, []) if p.rule.lossless}
+    largest = max(even.values(), key=lambda p: p.speed)
+    assert largest.tau == max(p.tau for p in even.values())
+    dear = Costs(0.0, dict.fromkeys((1, 2, 3, 4, 6), (0.0, 1.0)), [2, 48], [0.01, 0.01], [0.0, 0.0])
+    assert max(predict(trace[0], dear, SHAPES, []), key=lambda p: p.speed).shape.depth == 1
+    wide = Costs(0.0, EVEN.drafting, [2, 48], [0.01, 10.0], [0.0, 0.0])
+    assert max(predict(trace[0], wide, SHAPES, []), key=lambda p: p.speed).shape.nodes == 2
+    rules = [Verifier("mars", "margin", m) for m in (0.05, 0.2, 1.0)]
+    taus = [p.tau for p in predict(trace[0], EVEN, [LARGEST], rules)]
+    assert taus == sorted(taus)
+    assert taus[0] < taus[-1]
+
+
+def test_costs_add_up_and_lie_between_the_sizes_timed():
+    costs = Costs(0.5, {2: (0.1, 0.2)}, [4, 8], [1.0, 2.0], [0.0, 1.0])
+    assert costs.round(TreeShape(3, 2, 6)) == pytest.approx(0.1 + 2 * 0.2 + 2.0)
+
+
+def test_measured_costs_are_those_of_real_rounds(decoder):
+    costs = measure_costs(decoder, [torch.randint(3, 250, (1, 8))])
+    assert costs.nodes == sorted(set(costs.nodes))
+    assert costs.prompt > 0
+    assert all(seconds > 0 for seconds in (*costs.target, *costs.rest))
+    assert all(first > 0 and further >= 0 for first, further in costs.drafting.values())
+
+
+def test_no_point_of_the_frontier_is_beaten(trace):
+    points = predict(trace[0], EVEN, FEW, [Verifier("mars", "margin", m) for m in (0.1, 0.5, 2.0)])
+    best = frontier(points)
+    for point in points:
+        better = [p for p in best if p.regret <= point.regret and p.speed >= point.speed]
+        assert better
+
+
+@pytest.mark.parametrize("budget", ["strict", "regret=0.5", "agreement=0"])
+def test_the_chosen_policy_was_run_and_keeps_to_the_budget(decoder, budget):
+    rules = [Verifier("mars", "margin", m) for m in (0.05, 0.2, 0.5)]
+    limit = Budget.parse(budget)
+    policy, rows = tune(decoder, PROMPTS, budget=limit, max_new_tokens=12, shapes=FEW, rules=rules)
+    (chosen,) = [row for row in rows if row["chosen"]]
+    assert chosen["confirmed"]
+    assert chosen == policy.measured["chosen"]
+    assert chosen["lossless"] is (limit.kind == "strict")
+    assert policy.tree in FEW
+    assert policy.verify == Verifier()
+    if limit.kind != "strict":
+        assert policy.relaxed in rules
+        assert chosen["mean_regret_nats"] <= 0.5
+    assert {row["confirmed"] for row in rows} == {True, False}
+    exact = [row for row in rows if row["confirmed"] and row["lossless"]]
+    assert exact
+    assert all(row["agreement"] == 1 and row["mean_regret_nats"] == 0 for row in exact)
+    assert all(ratio > 0 for ratio in policy.measured["confirmed_over_predicted"].values())
+
+
+def test_a_budget_nothing_can_meet_names_the_nearest_point(decoder):
+    loose = [Verifier("mars", "margin", 9.0, rank=3)]
+    for budget in ("regret=0", "agreement=1"):
+        with pytest.raises(
+            SlipstreamError, match=rf"keeps to {budget} here; the nearest has .*margin 9, rank 3, depth"
+        ):
+            tune(decoder, PROMPTS, budget=Budget.parse(budget), max_new_tokens=16, shapes=FEW, rules=loose)
+
+
+def test_one_prompt_is_not_enough(decoder):
+    with pytest.raises(SlipstreamError, match="at least 2 prompts"):
+        tune(decoder, PROMPTS[:1], budget=Budget())
+
+
+def test_the_command_writes_the_policy_and_keeps_the_trace(
+    head_folder, tiny_target_folder, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr("slipstream.decode.tune.tune.__kwdefaults__", {**tune.__kwdefaults__, "shapes": FEW})
+    prompts, trace = tmp_path / "prompts.jsonl", tmp_path / "trace.arrow"
+    prompts.write_text("\n".join(json.dumps(row) for row in PROMPTS))
+    command = ["tune", "--draft", str(head_folder), "--target", str(tiny_target_folder), "--dtype", "float32"]
+    command += ["--prompts", str(prompts), "--max_new_tokens", "12", "--trace", str(trace)]
+    assert main([*command, "--budget", "strict"]) == 0
+    assert Policy.load(head_folder).measured["budget"] == "strict"
+    assert "exact, depth" in capsys.readouterr().err
+    before = trace.read_bytes()
+    assert main([*command, "--budget", "strict"]) == 0
+    assert trace.read_bytes() == before
+    assert main([*command, "--budget", "lossless"]) == 2
+    assert "unknown budget 'lossless'" in capsys.readouterr().err
+
+
+def test_a_point_says_what_it_is():
+    point = Point(FEW[1], Verifier("mars", "margin", 0.5, rank=3, per_round=1), 10.0, 1.5, 0.01, 0.1, "cost")
+    assert point.label == "mars margin 0.5, rank 3, 1 a round, depth 2, top-k 2, 6 nodes, cost"
