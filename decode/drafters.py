@@ -12,7 +12,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from slipstream.configs.errors import SlipstreamError
 from slipstream.decode.cache import TreeCache, causal
 from slipstream.decode.draws import uniforms
-from slipstream.decode.tree import Tree, TreeBuilder, TreeShape, fixed_levels, make_tree, root_only
+from slipstream.decode.tree import Tree, TreeBuilder, TreeShape, fixed_levels, graft, make_tree, root_only
 from slipstream.distill.packing import pack
 
 if TYPE_CHECKING:
@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
     from slipstream.distill.draft import Attend, DraftHead
     from slipstream.distill.target import Target
+
+
+_ENDINGS = range(3, 1, -1)  # tokens an ending must have for a copy to be grafted: a single one says little
 
 
 @dataclass(frozen=True)
@@ -108,23 +111,34 @@ class NGramDrafter:
 
     def propose(self, round: Round) -> Tree:
         """A chain per row; the bare root where nothing is found in any row."""
-        found = [self._look_up(ids[:n]) for ids, n in zip(round.ids, round.lengths, strict=True)]
-        width = min(max(len(tokens) for tokens in found), self.drafts or round.shape.depth)
-        if not width:
+        copies = _look_up(round, self.drafts or round.shape.depth, range(self.longest, 0, -1))
+        if copies is None:
             return root_only(round.roots)
-        # Shorter rows are filled with what is there: a wrong draft costs nothing but its place.
-        filled = [torch.nn.functional.pad(tokens[:width], (0, width - len(tokens[:width]))) for tokens in found]
-        tokens = torch.cat([round.roots[:, None], torch.stack(filled)], 1)
+        width = copies.shape[1]
+        tokens = torch.cat([round.roots[:, None], copies], 1)
         parents = (torch.arange(width + 1, device=tokens.device) - 1).clamp(min=0).expand_as(tokens)
         return make_tree(tokens, parents, torch.zeros_like(tokens, dtype=torch.float), width)
 
-    def _look_up(self, ids: Tensor) -> Tensor:
-        for size in range(min(self.longest, len(ids) - 1), 0, -1):
-            windows = ids[:-1].unfold(0, size, 1)
-            places = (windows == ids[-size:]).all(-1).nonzero()
+
+def _look_up(round: Round, width: int, endings: range) -> Tensor | None:
+    """What followed the latest earlier place where each row ended as it does now, at most `width` tokens, [B, C].
+
+    Endings of the given sizes are tried in turn. Shorter rows are filled up: a wrong draft costs nothing but its place.
+    None where no row has such a place.
+    """
+    found = []
+    for ids in (ids[:n] for ids, n in zip(round.ids, round.lengths, strict=True)):
+        tokens = ids[:0]
+        for size in (size for size in endings if size < len(ids)):
+            places = (ids[:-1].unfold(0, size, 1) == ids[-size:]).all(-1).nonzero()
             if len(places):
-                return ids[int(places[-1]) + size :]
-        return ids[:0]
+                tokens = ids[int(places[-1]) + size :][:width]
+                break
+        found.append(tokens)
+    width = max(map(len, found))
+    if not width:
+        return None
+    return torch.stack([torch.nn.functional.pad(tokens, (0, width - len(tokens))) for tokens in found])
 
 
 class _TreeDrafter:
@@ -161,6 +175,11 @@ class _TreeDrafter:
         logits, state = self._extend(round)
         tree = (self._fixed if round.shape.paths else self._dynamic)(round, logits, state)
         self.cache.rollback()
+        if extra := round.shape.copied:
+            copies = _look_up(round, tree.levels + extra, _ENDINGS)
+            if copies is not None:
+                short = tree.levels + extra - copies.shape[1]
+                tree = graft(tree, torch.nn.functional.pad(copies, (0, short)), extra)
         return tree
 
     def _dynamic(self, round: Round, logits: Tensor, state: Tensor) -> Tree:

@@ -334,7 +334,7 @@ class Decoder:
         target, drafter = self.target, self.drafter
         drafter.begin(len(batch.places))
         whole = target.compiled and len(batch.places) == 1
-        capacity = fixed_capacity(batch.ids.shape[1] + self.policy.tree.nodes) if whole else 0
+        capacity = fixed_capacity(batch.ids.shape[1] + self.policy.tree.size) if whole else 0
         cache = TreeCache(target.config.num_hidden_layers, len(batch.places), batch.ids.device, capacity)
         features, logits = self._prefill(batch, cache)
         cache.whole = whole
@@ -385,7 +385,7 @@ class Decoder:
                 )
                 features, fresh = features[:, :0], [0] * len(going)
                 if whole and tree.nodes > 1:
-                    size = max(shape.nodes, tree.nodes)
+                    size = max(shape.size, tree.nodes)
                     tree = tree.padded(next((n for n in SIZES if n >= size), size))
             drafted = time.perf_counter()
             plain = tree.nodes == 1 and cache.rows.even and not whole

@@ -74,7 +74,7 @@ def check(header: Header, verifier: Verifier, shape: TreeShape | None = None) ->
         return
     recorded = header.tree
     schedule = header.policy["speculation"]["schedule"]
-    if recorded.paths or shape.paths or schedule != "fixed":
+    if recorded.paths or shape.paths or recorded.copied or shape.copied or schedule != "fixed":
         raise SlipstreamError(
             "only trees given by depth, top_k and nodes, under the fixed schedule, can be made smaller"
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -96,7 +96,7 @@ class Controller:
         """The base with another depth; a chain grows with it, a tree keeps its nodes."""
         if self.base.paths:
             return self.base.within(depth)
-        return TreeShape(depth, self.base.top_k, depth + 1 if self.base.top_k == 1 else self.base.nodes)
+        return replace(self.base, depth=depth, nodes=depth + 1 if self.base.top_k == 1 else self.base.nodes)
 
 
 class Heuristic(Controller):
@@ -165,7 +165,7 @@ class CostAware(Controller):
     """
 
     def __init__(self, shape: TreeShape, costs: dict[int, float]) -> None:
-        super().__init__(shape)
+        super().__init__(replace(shape, copied=0))  # copies have no probability to reckon with
         self.costs = dict(costs)  # seconds of a target forward, by nodes
         self.sizes = [n for n in SIZES if 1 < n < shape.nodes] + [shape.nodes]
         self.worth: dict[tuple[int, int], float] = {}  # sum of v by depth and nodes

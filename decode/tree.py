@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import product
 from typing import NamedTuple
@@ -24,6 +24,8 @@ class TreeShape:
         top_k: Children per expanded node, and nodes expanded per level; 1 is a chain (EAGLE-2, arXiv 2406.16858).
         nodes: Nodes the target verifies at once, the root included.
         paths: A fixed tree instead: each node by the ranks of the drafts that lead to it, `((0,), (1,), (0, 0))`.
+        copied: Further nodes beside these: one path of tokens that followed where the text last ended as it does now
+            (prompt look-up), from where it leaves the tree. Suffix decoding's hybrid (arXiv 2411.04975).
         sampled: At T > 0 draw the drafts of a fixed tree from the draft's own distribution, without replacement, not
             the likeliest ones.
     """
@@ -33,6 +35,7 @@ class TreeShape:
     nodes: int = 16
     paths: Paths = ()
     sampled: bool = False
+    copied: int = 0
 
     def __post_init__(self) -> None:
         paths = tuple(sorted({tuple(path) for path in self.paths}, key=lambda path: (len(path), path)))
@@ -49,9 +52,18 @@ class TreeShape:
             object.__setattr__(self, "paths", ())  # JSON knows lists only
         if self.sampled and not self.paths:
             raise SlipstreamError("a sampled tree is a fixed one: give its paths, or use TreeShape.chain or .fixed")
-        for name, low in (("depth", 1), ("top_k", 1), ("nodes", 2)):
+        if self.sampled and self.copied:
+            raise SlipstreamError(
+                "a sampled tree has no copied nodes: they were not drawn from the draft's distribution"
+            )
+        for name, low in (("depth", 1), ("top_k", 1), ("nodes", 2), ("copied", 0)):
             if getattr(self, name) < low:
                 raise SlipstreamError(f"tree {name} must be at least {low}, not {getattr(self, name)}")
+
+    @property
+    def size(self) -> int:
+        """All nodes, copied ones included."""
+        return self.nodes + self.copied
 
     @classmethod
     def chain(cls, depth: int, *, sampled: bool = False) -> TreeShape:
@@ -66,8 +78,9 @@ class TreeShape:
 
     def within(self, room: int) -> TreeShape:
         """This shape, shrunk so that no path needs more than `room` >= 1 tokens."""
+        copied = max(0, min(self.copied, room - self.depth))
         if room >= self.depth:
-            return self
+            return self if copied == self.copied else replace(self, copied=copied)
         if self.paths:
             return TreeShape(paths=tuple(path for path in self.paths if len(path) <= room), sampled=self.sampled)
         return TreeShape(room, self.top_k, self.nodes)
@@ -158,6 +171,30 @@ def make_tree(tokens: Tensor, parents: Tensor, scores: Tensor, levels: int, draw
     for _ in range(levels):
         ancestors = ancestors | ancestors.gather(1, parents[:, :, None].expand(-1, -1, nodes))
     return Tree(tokens, parents, ancestors.sum(-1) - 1, ancestors, scores, levels, drawn)
+
+
+def graft(tree: Tree, paths: Tensor, extra: int) -> Tree:
+    """The same trees with `extra` more nodes each: a path [B, C >= levels + extra] below the root, from where it leaves.
+
+    Worked example: below the root stand `a` and, under it, `b`; the path `a c d e` adds `c` under `a`, and `d` under `c`,
+    for `extra` = 2.
+    """
+    at = torch.zeros_like(tree.tokens[:, 0])  # where the path stands
+    steps, on = at.clone(), torch.ones_like(at, dtype=torch.bool)
+    for level in range(tree.levels):
+        here = (tree.parents == at[:, None]) & (tree.tokens == paths[:, level, None])
+        here[:, 0] = False  # the root is its own parent
+        on = on & here.any(1)
+        at, steps = torch.where(on, here.int().argmax(1), at), steps + on
+    new = torch.arange(extra, device=at.device)
+    tokens = paths.gather(1, steps[:, None] + new)
+    below = (tree.nodes + new[:-1]).expand(len(at), -1)
+    return make_tree(
+        torch.cat([tree.tokens, tokens], 1),
+        torch.cat([tree.parents, at[:, None], below], 1),
+        torch.cat([tree.scores, tree.scores.new_full(tokens.shape, -torch.inf)], 1),
+        tree.levels + extra,
+    )
 
 
 def root_only(roots: Tensor) -> Tree:

@@ -60,6 +60,9 @@ RULES = (
 )
 """Relaxed rules; greedily, `odds` rho is `margin` -log rho."""
 
+COPIES = (3, 5, 8)
+"""Copied nodes tried beside the best tree."""
+
 _WIDELY = 16  # trees that all rules are tried on
 _RUNS = 3  # points that are run beside the fastest exact one
 KINDS = ("strict", "regret", "agreement", "task")
@@ -126,7 +129,7 @@ class Point:
         regret: Nats per token.
         relaxed: Share of tokens that were relaxed.
         schedule: Of speculation.
-        predicted: Tokens per second foreseen, of a point that was run; None where the schedule cannot be foreseen.
+        predicted: Tokens per second foreseen, of a point that was run; None where a trace cannot tell.
         agreement: Share of tokens before the first difference from the exact output, of a point that was run.
         confirmed: Whether it was run.
     """
@@ -148,6 +151,7 @@ class Point:
         guards = [f"rank {self.rule.rank}"] if self.rule.rank > 2 else []
         guards += [f"{self.rule.per_round:g} a round"] if self.rule.per_round < float("inf") else []
         shape = f"depth {self.shape.depth}, top-k {self.shape.top_k}, {self.shape.nodes} nodes"
+        shape += f" and {self.shape.copied} copied" if self.shape.copied else ""
         words = [self.rule.label, *guards, shape, *([self.schedule] if self.schedule != "fixed" else [])]
         return ", ".join(words)
 
@@ -212,8 +216,10 @@ def tune(
     first, fixed = ran[0], _choose(ran, budget)
     assert first.predicted and fixed.predicted
     paired = [fixed] if fixed.rule.lossless else [first, fixed]
-    schedules = [replace(fixed, schedule=name, predicted=None) for name in SCHEDULES if name != "fixed"]
-    again = _run(decoder, [*paired, *schedules], others, max_new_tokens)
+    # What a trace does not tell is run: schedules, and copies from the text.
+    further = [replace(fixed, schedule=name) for name in SCHEDULES if name != "fixed"]
+    further += [replace(fixed, shape=replace(fixed.shape, copied=count)) for count in COPIES]
+    again = _run(decoder, [*paired, *(replace(p, predicted=None) for p in further)], others, max_new_tokens)
     chosen = _choose(again, budget)
     ran = [point for point in ran if point not in paired] + again
     measured = {

@@ -14,10 +14,10 @@ from slipstream.decode.drafters import HeadDrafter, ModelDrafter, NGramDrafter, 
 from slipstream.decode.engine import Decoder
 from slipstream.decode.policy import Policy
 from slipstream.decode.processors import TreeProcessors
-from slipstream.decode.tree import TreeBuilder, TreeShape, fixed_levels, make_tree
+from slipstream.decode.tree import TreeBuilder, TreeShape, fixed_levels, graft, make_tree
 from slipstream.decode.verify import Verifier
 
-SHAPES = [TreeShape.chain(4), TreeShape.fixed((3, 2, 1)), TreeShape(3, 3, 12), TreeShape(5, 4, 20)]
+SHAPES = [TreeShape.chain(4), TreeShape.fixed((3, 2, 1)), TreeShape(3, 3, 12, copied=4), TreeShape(5, 4, 20)]
 DRAFTERS = ["none", "head", "model", "ngram", "oracle"]
 _MODELS = {}
 
@@ -80,12 +80,13 @@ def test_greedy_output_is_that_of_generate(architecture, drafter, batch):
     depth=st.integers(1, 5),
     top_k=st.integers(1, 4),
     nodes=st.integers(2, 14),
+    copied=st.integers(0, 5),
     stop=st.integers(0, 19),
     drafter=st.sampled_from(DRAFTERS),
     right=st.booleans(),
 )
 def test_any_prompts_lengths_and_stops_give_what_generate_gives(
-    prompts, new, depth, top_k, nodes, stop, drafter, right
+    prompts, new, depth, top_k, nodes, copied, stop, drafter, right
 ):
     target = _target("llama")
     rows = [torch.tensor(prompt) for prompt in prompts]
@@ -98,7 +99,9 @@ def test_any_prompts_lengths_and_stops_give_what_generate_gives(
         for line, row in zip(ids, rows, strict=True):
             line[: len(row)] = row
     truth = _greedy_rows(target, rows, 20)
-    decoder = Decoder(target, _drafter(drafter, target, truth), Policy(tree=TreeShape(depth, top_k, nodes)))
+    decoder = Decoder(
+        target, _drafter(drafter, target, truth), Policy(tree=TreeShape(depth, top_k, nodes, copied=copied))
+    )
     out = decoder.generate(ids, attention_mask=mask, max_new_tokens=new, eos_token_id=eos)
     for row, got in zip(rows, out.rows, strict=True):
         if not new:
@@ -362,6 +365,32 @@ def test_drafted_scores_are_those_of_each_path_alone(shape, kind):
                     seen = torch.ones(1, 1, depth, dtype=torch.bool)
                     logits, state = chain._step(token[None, None], state, depth, alone, seen)
                 assert float(tree.scores[row, node]) == pytest.approx(score, abs=1e-3)
+
+
+def test_a_grafted_path_leaves_the_tree_where_it_differs():
+    # Under the root: a (5) with children b (6) and c (7), and d (8). Paths: a c x y, and z w.
+    tokens, parents = torch.tensor([[1, 5, 8, 6, 7]] * 2), torch.tensor([[0, 0, 0, 1, 1]] * 2)
+    tree = make_tree(tokens, parents, torch.zeros(2, 5), 2)
+    grown = graft(tree, torch.tensor([[5, 7, 20, 21], [30, 31, 32, 33]]), 2)
+    assert grown.tokens[:, 5:].tolist() == [[20, 21], [30, 31]]
+    assert grown.parents[:, 5:].tolist() == [[4, 5], [0, 5]]
+    assert grown.depths[:, 5:].tolist() == [[3, 4], [1, 2]]
+    assert grown.tokens[:, :5].equal(tokens)
+    assert grown.parents[:, :5].equal(parents)
+
+
+def test_copies_beside_a_head_are_accepted_where_the_text_repeats():
+    target = _target("llama")
+    prompt = torch.randint(3, VOCAB, (1, 6), generator=torch.Generator().manual_seed(5))
+    said = greedy(target, prompt, 40)
+    ids = torch.cat([said, prompt], 1)  # the answer stands in the prompt already
+    lengths = {}
+    for copied in (0, 6):
+        policy = Policy(tree=TreeShape(2, 2, 5, copied=copied))
+        out = Decoder(target, HeadDrafter(tiny_head(target), target), policy).generate(ids, max_new_tokens=20)
+        assert out.sequences.equal(greedy(target, ids, 20))
+        lengths[copied] = out.stats.acceptance_length
+    assert lengths[6] >= lengths[0]
 
 
 def test_prompt_look_up_copies_what_followed_the_latest_same_ending():
