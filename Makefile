@@ -9,7 +9,7 @@ CLIENTS := .venv-clients
 FOLDERS := configs data distill decode train
 SOURCES := $(filter-out %/__pycache__,$(wildcard src/slipstream/*))
 
-.PHONY: help quickstart test test-slow test-gpu test-clients test-wheel lint ruff mypy format docs clean
+.PHONY: help quickstart longrun test test-slow test-gpu test-clients test-wheel lint ruff mypy format docs clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-12s %s\n", $$1, $$2 }' Makefile
@@ -17,10 +17,14 @@ help: ## list these targets
 quickstart: $(READY) ## train, tune and measure a draft head in MINUTES, into OUT
 	$(VENV)/bin/slipstream quickstart --out $(OUT) --minutes $(MINUTES)
 
-test: $(READY) ## the tests that need no GPU and no patience
-	$(VENV)/bin/python -m pytest -q
+test: $(READY) ## the tests that need no GPU and no patience, two files at a time
+	$(VENV)/bin/python -m pytest -q -n 2 --dist loadfile
 
-test-slow: $(READY) ## the tests that take minutes
+longrun: $(READY) ## train by configs/longrun.yaml into runs/longrun, for hours; CONVERSATIONS names other data
+	$(VENV)/bin/slipstream train --config configs/longrun.yaml $(if $(CONVERSATIONS),--data.conversations $(CONVERSATIONS)) --out runs/longrun
+
+test-slow: $(READY) ## the tests that take minutes, DeepSpeed among them
+	DS_BUILD_OPS=0 $(VENV)/bin/pip install -q -c constraints.txt -e '.[deepspeed]'
 	$(VENV)/bin/python -m pytest -q -m "slow and not gpu"
 
 test-gpu: $(READY) ## the tests that need a CUDA device

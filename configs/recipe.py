@@ -76,6 +76,8 @@ class HeadSettings:
         norm_output: Feed the feature back after its last norm (EAGLE-3.1).
         norm_before_fc: One norm over the captured states together.
         fc_norm: One norm for each captured state (EAGLE-3.1).
+        init: A head's folder to go on from; its own shape and vocabulary hold, and nothing above is read.
+        lora_rank: Train low-rank updates of that head only (peft); they are merged in the end, and kept beside the head.
         from_target: Start fc at the highest captured layer and lm_head at the target's own rows, not at random.
     """
 
@@ -87,10 +89,14 @@ class HeadSettings:
     norm_output: bool = False
     norm_before_fc: bool = False
     fc_norm: bool = False
+    init: str | None = None
+    lora_rank: int | None = None
     from_target: bool = True
 
     def __post_init__(self) -> None:
-        _require(self, "head", ("draft_vocab_size", "layers", "hidden_size", "intermediate_size"))
+        _require(self, "head", ("draft_vocab_size", "layers", "hidden_size", "intermediate_size", "lora_rank"))
+        if self.lora_rank is not None and self.init is None:
+            raise SlipstreamError("head.lora_rank updates a head that exists: give its folder as head.init")
 
 
 @dataclass(frozen=True)
@@ -100,7 +106,10 @@ class DistillSettings:
     Attributes:
         steps: Unroll steps K of the training-time test.
         step_decay: Weight of step k is `step_decay ** k`, over the sum of the weights.
-        objectives: Weights of `forward_kl`, `total_variation`, `lk_alpha`, `lk_lambda`, `top_k`.
+        objectives: Weights of `forward_kl`, `total_variation`, `lk_alpha`, `lk_lambda`, `top_k`, and, for a head that is to
+            be verified by a relaxed rule, `margin_mass`, `lk_margin`, `tree_hinge`.
+        relaxed_signal: That rule's: `ratio`, `margin` or `odds`.
+        relaxed_threshold: And its threshold.
         noise: Width of uniform noise on the target features.
         feature_weight: Of the distance between the head's output and the target's last hidden state, beside the objective.
         single: Share of the training, from its beginning, in which the head is unrolled one step only: cheaper, and all
@@ -112,6 +121,8 @@ class DistillSettings:
     steps: int = 3
     step_decay: float = 0.8
     objectives: dict[str, float] = field(default_factory=lambda: {"lk_lambda": 1.0})
+    relaxed_signal: str = "margin"
+    relaxed_threshold: float = 0.5
     noise: float = 0.0
     feature_weight: float = 0.0
     single: float = 0.5

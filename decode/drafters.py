@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 
 from slipstream.configs.errors import SlipstreamError
 from slipstream.decode.cache import TreeCache, causal
@@ -41,6 +41,7 @@ class Round:
         generators: For those draws: one per row, or one for all.
         enough: Asked after each level, with the log-probabilities of the drafts at the nodes just expanded, [B, Q, Vd];
             whether to stop there.
+        filler: A token to fill up copies with that no relaxed rule lets pass: one that ends the text.
     """
 
     ids: Tensor
@@ -51,6 +52,7 @@ class Round:
     temperature: float = 0.0
     generators: Sequence[torch.Generator] = ()
     enough: Callable[[Tensor], bool] | None = None
+    filler: int = 0
 
     @property
     def ends(self) -> Tensor:
@@ -138,7 +140,7 @@ def _look_up(round: Round, width: int, endings: range) -> Tensor | None:
     width = max(map(len, found))
     if not width:
         return None
-    return torch.stack([torch.nn.functional.pad(tokens, (0, width - len(tokens))) for tokens in found])
+    return torch.stack([pad(tokens, (0, width - len(tokens)), value=round.filler) for tokens in found])
 
 
 class _TreeDrafter:
@@ -177,9 +179,11 @@ class _TreeDrafter:
         self.cache.rollback()
         if extra := round.shape.copied:
             copies = _look_up(round, tree.levels + extra, _ENDINGS)
+            if copies is None and round.temperature:  # how many a row draws must not depend on the rows beside it
+                copies = torch.full_like(round.ids[:, :1], round.filler)
             if copies is not None:
                 short = tree.levels + extra - copies.shape[1]
-                tree = graft(tree, torch.nn.functional.pad(copies, (0, short)), extra)
+                tree = graft(tree, pad(copies, (0, short), value=round.filler), extra)
         return tree
 
     def _dynamic(self, round: Round, logits: Tensor, state: Tensor) -> Tree:

@@ -334,7 +334,8 @@ class Decoder:
         target, drafter = self.target, self.drafter
         drafter.begin(len(batch.places))
         whole = target.compiled and len(batch.places) == 1
-        capacity = fixed_capacity(batch.ids.shape[1] + self.policy.tree.size) if whole else 0
+        widest = max(SIZES[-1], self.policy.tree.size)  # trees are padded to these sizes, and schedules may grow them
+        capacity = fixed_capacity(batch.ids.shape[1] + widest) if whole else 0
         cache = TreeCache(target.config.num_hidden_layers, len(batch.places), batch.ids.device, capacity)
         features, logits = self._prefill(batch, cache)
         cache.whole = whole
@@ -370,7 +371,7 @@ class Decoder:
                 tree = root_only(last_tokens(batch.ids, batch.lengths))
             else:
                 left = target.context - max(batch.lengths)
-                shape = shape.within(left if whole else min(left, max(batch.room)))
+                shape = shape.within(left if whole or request.temperature else min(left, max(batch.room)))
                 tree = drafter.propose(
                     Round(
                         ids=batch.ids,
@@ -381,6 +382,7 @@ class Decoder:
                         temperature=request.temperature,
                         generators=[request.generators[place] for place in batch.places],
                         enough=controller.enough,
+                        filler=min(request.stops, default=0),
                     )
                 )
                 features, fresh = features[:, :0], [0] * len(going)

@@ -114,7 +114,7 @@ def _autoregressive(
     target: Target, prompts: list[list[int]], max_new_tokens: int, temperature: float, seed: int
 ) -> tuple[list[list[int]], float]:
     """transformers' own `generate`; new tokens of each prompt, and seconds."""
-    options: dict[str, Any] = {"do_sample": temperature > 0}
+    options: dict[str, Any] = {"do_sample": temperature > 0, "repetition_penalty": 1.0}  # as ours: nothing is filtered
     if temperature > 0:
         options |= {"temperature": temperature, "top_k": 0, "top_p": 1.0}
         torch.manual_seed(seed)

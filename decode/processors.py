@@ -102,6 +102,9 @@ def make_config(
         config.update(**own._get_default_generation_params(), defaults_only=True)
     except ValueError as error:
         raise SlipstreamError(f"generation options: {str(error).splitlines()[0]}") from error
+    for name in ("eos_token_id", "pad_token_id"):
+        if name in named:  # an explicit None too
+            setattr(config, name, named[name])
     config.max_length = prompt_length + limit
     return config
 

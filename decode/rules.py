@@ -181,7 +181,8 @@ def released(
     for row in range(len(p)):
         node, generator = 0, generators[row % len(generators)]
         while True:
-            left, below, found = p[row, node], [c for c in children[row][node] if c >= 0], None
+            drafts = [c for c in children[row][node] if c >= 0 and math.isfinite(tree.scores[row, c])]  # no copies
+            left, below, found = p[row, node], drafts, None
             (first, second), two = processed[row, node].float().topk(2)
             if verifier.lam and float(second / first) > verifier.theta:
                 found = next((c for c in below if tree.tokens[row, c] in two), None)

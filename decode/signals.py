@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from slipstream.data.template import encode_prompt
+from slipstream.distill.relaxation import near_top
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -38,13 +39,7 @@ def fires(
     own, best = z.own, z.best(rank)
     best = best.gather(1, tree.parents[:, :, None].expand_as(best))  # [B, N, rank], at the parents
     top, judged = best[..., 0], torch.minimum(own, best[..., 1])
-    if signal == "ratio":
-        fired = (top > 0) & (judged > threshold * top)
-    elif signal == "margin":
-        fired = top - judged <= threshold
-    else:
-        fired = torch.exp(judged - top) >= threshold
-    return fired & (own >= best[..., -1])
+    return near_top(signal, threshold, top, judged) & (own >= best[..., -1])
 
 
 def signal_samples(

@@ -95,7 +95,7 @@ class Controller:
     def _deep(self, depth: int) -> TreeShape:
         """The base with another depth; a chain grows with it, a tree keeps its nodes."""
         if self.base.paths:
-            return self.base.within(depth)
+            return replace(self.base.within(depth), copied=self.base.copied)
         return replace(self.base, depth=depth, nodes=depth + 1 if self.base.top_k == 1 else self.base.nodes)
 
 
@@ -110,7 +110,8 @@ class Heuristic(Controller):
         return self._deep(self.depth)
 
     def observe(self, tree: Tree, paths: Sequence[Sequence[int]], drafting: float, verifying: float) -> None:
-        full = all(len(path) > tree.levels for path in paths)
+        own = min(self.shape().depth, tree.levels)  # copies may reach deeper
+        full = all(len(path) > own for path in paths)
         self.depth = min(_LONGEST, self.depth + 2) if full else max(1, self.depth - 1)
 
 
@@ -134,6 +135,8 @@ class Confidence(Controller):
             for depth in range(1, min(len(path), tree.levels) + 1):  # behind a refused draft nothing is learnt
                 at = tree.scores[row].masked_fill(tree.depths[row] != depth, -torch.inf)
                 node = int(at.argmax())
+                if not torch.isfinite(at[node]):  # copies have no probability to learn from
+                    break
                 self.seen.append((float(own[row, node]), node in path))
         self.seen = self.seen[-512:]
         chance, passed = torch.tensor([p for p, _ in self.seen]), torch.tensor([ok for _, ok in self.seen])

@@ -22,6 +22,7 @@ from slipstream.decode.sandbox import isolation
 from slipstream.decode.scores import score_means, score_records
 from slipstream.decode.signals import signal_samples
 from slipstream.decode.tables import card_tables
+from slipstream.decode.trace import fingerprint
 from slipstream.distill.heads import versions
 
 if TYPE_CHECKING:
@@ -90,7 +91,7 @@ def evaluate(decoders: Mapping[str, Decoder], rows: Sequence[Row], plan: Plan, o
     begun = {
         "target": target.name,
         "dtype": str(target.dtype),
-        "drafts": {name: _digest(decoder.policy.to_dict()) for name, decoder in decoders.items()},
+        "drafts": {name: _digest([d.policy.to_dict(), fingerprint(d.drafter)]) for name, d in decoders.items()},
         "prompts": _digest([[row["task"], row["turns"]] for row in rows]),
         **{k: v for k, v in json.loads(json.dumps(asdict(plan))).items() if k != "score"},
     }

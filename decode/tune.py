@@ -23,6 +23,7 @@ from slipstream.data.template import encode_prompt
 from slipstream.decode.costs import PROBES, measure_costs
 from slipstream.decode.engine import Decoder
 from slipstream.decode.evaluate import answer
+from slipstream.decode.fidelity import common_prefix
 from slipstream.decode.recorder import record
 from slipstream.decode.replay import check, cut, judge
 from slipstream.decode.speculation import SCHEDULES, Speculation
@@ -208,9 +209,11 @@ def tune(
     with tempfile.TemporaryDirectory() as folder:
         path = trace or Path(folder) / "trace.arrow"
         if not path.is_file():
+            path.parent.mkdir(parents=True, exist_ok=True)
             _record(decoder, prompts[::2], path, max_new_tokens)
+        recorded = Trace.open(path, decoder)  # another head's is refused before anything is timed
         costs = measure_costs(decoder, [_prompt(decoder, row) for row in prompts])
-        points = predict(Trace.open(path, decoder), costs, shapes, rules)
+        points = predict(recorded, costs, shapes, rules)
     best, others = frontier(points), prompts[1::2]
     ran = _run(decoder, _candidates(points, best, budget), others, max_new_tokens)
     first, fixed = ran[0], _choose(ran, budget)
@@ -349,13 +352,8 @@ def _run(
 def _confirmed(point: Point, records: Sequence[Record], exact: Sequence[Record]) -> Point:
     tokens = sum(r.tokens for r in records)
     lengths = [n for r in records for n in r.accept_lengths]
-    same = longer = 0
-    for ours, theirs in zip(records, exact, strict=True):
-        for mine, strict in zip(ours.outputs, theirs.outputs, strict=True):
-            same += sum(
-                1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(mine, strict, strict=False))
-            )
-            longer += max(len(mine), len(strict))
+    same = sum(common_prefix(ours.outputs, theirs.outputs) for ours, theirs in zip(records, exact, strict=True))
+    longer = sum(max(ours.tokens, theirs.tokens) for ours, theirs in zip(records, exact, strict=True))
     return replace(
         point,
         speed=tokens / sum(r.seconds for r in records),

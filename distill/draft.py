@@ -223,14 +223,15 @@ class DraftHead(PreTrainedModel):
         Raises:
             SlipstreamError: If the target's output layer is not a plain matrix.
         """
-        if self.config.kind != "eagle1" or "lm_head" in self.__dict__:
+        lent = self.__dict__.get("lm_head")
+        if self.config.kind != "eagle1" or (lent is not None and lent.weight.device == self.d2t.device):
             return
         output = target.model.get_output_embeddings()
         if not isinstance(output, nn.Linear) or output.bias is not None:
             raise SlipstreamError(
                 f"an eagle1 head needs a target whose output layer is a plain matrix, not {target.name}'s"
             )
-        weight = output.weight[self.vocabulary().to(output.weight.device)].detach()
+        weight = output.weight[self.vocabulary().to(output.weight.device)].detach().to(self.d2t.device)
         lent = nn.Linear(self.config.hidden_size, len(weight), bias=False, device="meta")
         lent.weight = nn.Parameter(weight, requires_grad=False)
         self.__dict__["lm_head"] = lent  # no submodule: neither saved nor trained

@@ -13,13 +13,19 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from slipstream.distill.draft import DraftHead
+    from slipstream.distill.relaxation import Relaxation
 
 _CHUNK = 128  # rows; 128 x 8192 fp32 values stay in a CPU's cache
 _TEACHER_CHUNK = 64  # rows, of the target's whole vocabulary
 
 
-def teacher_from_logits(logits: Tensor, vocabulary: Tensor, membership: Tensor) -> Teacher:
-    """The teacher at R rows from target logits [R, V], draft vocabulary ids [Vd] and membership mask [V]."""
+def teacher_from_logits(
+    logits: Tensor, vocabulary: Tensor, membership: Tensor, relaxation: Relaxation | None = None
+) -> Teacher:
+    """The teacher at R rows from target logits [R, V], draft vocabulary ids [Vd] and membership mask [V].
+
+    With a relaxed rule it says which tokens that would accept.
+    """
     inside = torch.empty(len(logits), len(vocabulary), device=logits.device)
     argmax = torch.empty(len(logits), dtype=torch.long, device=logits.device)
     buffer = torch.empty(_TEACHER_CHUNK, logits.shape[-1], device=logits.device)
@@ -29,7 +35,12 @@ def teacher_from_logits(logits: Tensor, vocabulary: Tensor, membership: Tensor) 
         top, argmax[at] = chunk.max(-1)  # on a CPU faster than argmax
         chunk.sub_(top[:, None]).exp_()
         inside[at] = chunk.index_select(1, vocabulary).div_(chunk.sum(-1, keepdim=True))
-    return Teacher(inside, argmax, membership[argmax])
+    if relaxation is None:
+        return Teacher(inside, argmax, membership[argmax])
+    tokens = relaxation.acceptable(logits)
+    place = membership.long().cumsum(0) - 1  # of a target token in the draft vocabulary, whose ids ascend
+    known = (tokens >= 0) & membership[tokens.clamp(min=0)]
+    return Teacher(inside, argmax, membership[argmax], place[tokens.clamp(min=0)].where(known, -1))
 
 
 class _ChunkedLoss(torch.autograd.Function):

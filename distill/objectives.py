@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
 
+_BRANCHES = 4  # children a tree expands of a node
+_NEVER = -1e4  # finite: infinities would make gradients of rows that do not count NaN
+
+
 @dataclass(frozen=True)
 class Teacher:
     """The target's distribution at R rows, seen from the draft vocabulary.
@@ -27,11 +31,14 @@ class Teacher:
         inside: p at the draft vocabulary's tokens, [R, Vd].
         argmax: The target's top token over the full vocabulary, [R].
         covered: Whether that token is in the draft vocabulary, [R].
+        acceptable: What a relaxed rule would accept, top token first, as indices of the draft vocabulary, [R, 2]; -1 where
+            there is none. None where no rule was given.
     """
 
     inside: Tensor
     argmax: Tensor
     covered: Tensor
+    acceptable: Tensor | None = None
 
     @property
     def renormalised(self) -> Tensor:
@@ -40,7 +47,8 @@ class Teacher:
 
     def take(self, rows: Tensor) -> Teacher:
         """The teacher at some of its rows, [R]."""
-        return Teacher(self.inside.index_select(0, rows), self.argmax[rows], self.covered[rows])
+        acceptable = None if self.acceptable is None else self.acceptable[rows]
+        return Teacher(self.inside.index_select(0, rows), self.argmax[rows], self.covered[rows], acceptable)
 
 
 def _kl(log_q: Tensor, teacher: Teacher) -> Tensor:
@@ -86,6 +94,38 @@ def top_k(draft_logits: Tensor, teacher: Teacher) -> Tensor:
     return -(p * torch.log_softmax(draft_logits.float(), -1).gather(-1, at)).sum(-1)
 
 
+def _at_acceptable(values: Tensor, teacher: Teacher) -> Tensor:
+    """Values [R, Vd] at the tokens a relaxed rule would accept, [R, 2]; very low where there is none."""
+    if teacher.acceptable is None:
+        raise ValueError("margin-aware objectives need a teacher that was told the relaxed rule")
+    return values.gather(-1, teacher.acceptable.clamp(min=0)).masked_fill(teacher.acceptable < 0, _NEVER)
+
+
+def margin_mass(draft_logits: Tensor, teacher: Teacher) -> Tensor:
+    """`-log q(R)`, R the tokens that the relaxed rule would accept: the top one, and the runner-up where it passes, [R].
+
+    Ours; judged against plain KL at the same budget in docs/benchmarks.md. Rows without any such token in the draft
+    vocabulary do not count in the loss.
+    """
+    log_q = torch.log_softmax(draft_logits.float(), -1)
+    return -_at_acceptable(log_q, teacher).logsumexp(-1)
+
+
+def lk_margin(draft_logits: Tensor, teacher: Teacher) -> Tensor:
+    """`lam KL + (1 - lam) (-log q(R))` with `lam = exp(-3 sg[q(R)])` per row: `margin_mass` on the LK schedule, [R]."""
+    log_q = torch.log_softmax(draft_logits.float(), -1)
+    mass = _at_acceptable(log_q, teacher).logsumexp(-1)
+    lam = torch.exp(-3 * mass.detach().exp())
+    return lam * _kl(log_q, teacher) - (1 - lam) * mass
+
+
+def tree_hinge(draft_logits: Tensor, teacher: Teacher) -> Tensor:
+    """By how much the best token of R falls short of the draft's fourth likeliest plus 1 nat, what a tree expands, [R]."""
+    logits = draft_logits.float()
+    last = logits.topk(min(_BRANCHES, logits.shape[-1]), dim=-1).values[:, -1]
+    return (1 + last - _at_acceptable(logits, teacher).amax(-1)).clamp(min=0)
+
+
 def weighted(weights: Mapping[str, float]) -> Callable[[Tensor, Teacher], Tensor]:
     """The sum of named objectives, each at its weight.
 
@@ -101,10 +141,16 @@ def weighted(weights: Mapping[str, float]) -> Callable[[Tensor, Teacher], Tensor
     return lambda logits, teacher: torch.stack([weight * part(logits, teacher) for part, weight in parts]).sum(0)
 
 
+MARGIN_AWARE = ("margin_mass", "lk_margin", "tree_hinge")
+"""Those that need to know the relaxed rule."""
+
 OBJECTIVES: dict[str, Callable[[Tensor, Teacher], Tensor]] = {
     "forward_kl": forward_kl,
     "total_variation": total_variation,
     "lk_alpha": lk_alpha,
     "lk_lambda": lk_lambda,
     "top_k": top_k,
+    "margin_mass": margin_mass,
+    "lk_margin": lk_margin,
+    "tree_hinge": tree_hinge,
 }

@@ -11,7 +11,8 @@ from torch.nn.functional import smooth_l1_loss
 
 from slipstream.distill.attention import UnrollAttention
 from slipstream.distill.loss import head_loss, teacher_from_logits
-from slipstream.distill.objectives import weighted
+from slipstream.distill.objectives import MARGIN_AWARE, weighted
+from slipstream.distill.relaxation import Relaxation
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -64,6 +65,7 @@ def unroll(
     objective: Callable[[Tensor, Teacher], Tensor],
     noise: float = 0.0,
     feature_weight: float = 0.0,
+    relaxation: Relaxation | None = None,
     captured: Captured | None = None,
     generator: torch.Generator | None = None,
 ) -> Unrolled:
@@ -82,6 +84,7 @@ def unroll(
         noise: Width of uniform noise on the features (EAGLE-1).
         feature_weight: Of the distance between the head's normed output and the target's last hidden state for the same
             token (EAGLE-1's SmoothL1, in units of that state's size), added to the objective.
+        relaxation: The rule that margin-aware objectives are for.
         captured: The target's features and hidden states of this batch; None runs the target.
         generator: Of the noise.
     """
@@ -94,8 +97,9 @@ def unroll(
     needed = torch.zeros(batch, length, dtype=torch.bool, device=device)
     needed[:, :-1] = mask[:, 1:]
     captured = captured or target.capture(input_ids)
-    logits = target.logits(captured.hidden[needed])  # [T, V]
-    teacher = teacher_from_logits(logits, head.vocabulary(), head.t2d)
+    with torch.autocast(device.type, enabled=False):  # the target in its own precision
+        logits = target.logits(captured.hidden[needed])  # [T, V]
+    teacher = teacher_from_logits(logits, head.vocabulary(), head.t2d, relaxation)
     index = torch.full((batch, length), -1, device=device)
     index[needed] = torch.arange(len(logits), device=device)  # where token position's teacher lies
 
@@ -155,6 +159,7 @@ class Distillation(nn.Module):
         self.target = target
         self.settings = settings
         self.objective = weighted(settings.objectives)
+        self.relaxation = Relaxation.of(settings) if set(settings.objectives) & set(MARGIN_AWARE) else None
         self.autocast = autocast
 
     def forward(
@@ -176,6 +181,7 @@ class Distillation(nn.Module):
                 objective=self.objective,
                 noise=self.settings.noise,
                 feature_weight=self.settings.feature_weight,
+                relaxation=self.relaxation,
                 captured=captured,
                 generator=generator,
             )

@@ -18,7 +18,7 @@ from conftest import save_llama
 from test_report import row
 from transformers import BertConfig, BertForMaskedLM, LlamaConfig, LlamaModel, ViTConfig, ViTModel
 
-from slipstream.cli import COMMANDS, main
+from slipstream.cli import COMMANDS, _parser, main
 from slipstream.configs.recipe import HeadSettings, Recipe
 from slipstream.distill.heads import new_head, save_head
 from slipstream.distill.target import load_target
@@ -429,3 +429,10 @@ def test_the_quickstart_recipe_in_yaml_says_what_the_defaults_say():
     for section, settings in recipe.items():
         for key, value in settings.items():
             assert getattr(getattr(Recipe(), section), key) == value, f"{section}.{key}"
+
+
+@pytest.mark.parametrize(
+    "name", sorted(path.name for path in files("slipstream.configs").iterdir() if path.name.endswith(".yaml"))
+)
+def test_every_recipe_that_ships_is_one(name):
+    _parser().parse_args(["train", "--config", str(files("slipstream.configs") / name), "--out", "anywhere"])

@@ -136,11 +136,13 @@ def test_rows_that_end_leave_and_the_others_go_on_as_they_would_alone():
         assert line[3 + len(row) :].tolist() == [0] * (max(lengths) - len(row))  # the pad token
 
 
+@pytest.mark.parametrize("copied", [0, 4])
 @pytest.mark.parametrize("temperature", [0.7, 1.0])
-def test_a_row_draws_the_same_alone_and_in_a_batch(temperature):
+def test_a_row_draws_the_same_alone_and_in_a_batch(temperature, copied):
     target = tiny_target(initializer_range=0.1)
-    prompts = torch.tensor([[5, 6, 7], [8, 9, 10], [11, 12, 13]])
-    decoder = Decoder(target, HeadDrafter(tiny_head(target), target), Policy(tree=TreeShape(3, 3, 9)))
+    prompts = torch.tensor([[5, 6, 7, 5, 6], [8, 9, 10, 11, 12], [11, 12, 13, 14, 15]])  # one repeats itself
+    policy = Policy(tree=TreeShape(3, 3, 9, copied=copied))
+    decoder = Decoder(target, HeadDrafter(tiny_head(target), target), policy)
     together = decoder.generate(prompts, max_new_tokens=15, temperature=temperature, seed=4)
     for row in range(3):
         alone = decoder.generate(prompts[row : row + 1], max_new_tokens=15, temperature=temperature, seed=4 + row)

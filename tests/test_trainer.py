@@ -68,6 +68,44 @@ def test_an_interrupted_run_goes_on_to_bit_equal_weights(tmp_path):
     assert rows[-1]["step"] == 8
 
 
+def test_a_parallel_head_goes_on_from_before_it_was_unrolled(tmp_path):
+    recipe = replace(RECIPE, distill=DistillSettings(single=0.5))
+
+    def begin(name):
+        target = tiny_target()
+        batches = Batches(dataset(answers()), 120, 0)
+        return Trainer(recipe, target, tiny_head(target, VOCAB, kind="parallel").train(), batches, tmp_path / name)
+
+    whole, first = begin("whole"), begin("cut")
+    whole.run()
+    for _ in range(2):
+        first._optimize(Metrics(3))
+    first.save()
+    second = begin("cut")
+    second.run()
+    for name, weight in whole.head.state_dict().items():
+        assert torch.equal(weight, second.head.state_dict()[name]), name
+
+
+def test_muon_has_the_matrices_inside_the_head_only(tmp_path):
+    run = trainer(tmp_path)
+    muon, adamw = run.launch.optimizers
+    assert isinstance(muon, torch.optim.Muon)
+    names = {id(p): name for name, p in run.head.named_parameters()}
+    own = {names[id(p)] for group in muon.param_groups for p in group["params"]}
+    assert "fc.weight" in own
+    assert "lm_head.weight" not in own
+    assert {names[id(p)] for group in adamw.param_groups for p in group["params"]} == set(names.values()) - own
+
+
+def test_a_run_writes_its_rows_as_it_goes_and_into_tensorboard(tmp_path):
+    recipe = replace(RECIPE, train=replace(RECIPE.train, trackers=("tensorboard",)))
+    run = trainer(tmp_path, recipe)
+    run.run()
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 4
+    assert list((tmp_path / "slipstream").rglob("events.out.tfevents*"))
+
+
 KEPT = replace(RECIPE, data=DataSettings(batches=3), distill=DistillSettings(steps=2, keep_features=True, single=0.5))
 
 

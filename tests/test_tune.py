@@ -1,6 +1,7 @@
 """Tuning: what is predicted from a trace, what is run, and what is said where a budget cannot be met."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch

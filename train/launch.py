@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -31,8 +32,12 @@ def start(settings: TrainSettings, folder: Path) -> Accelerator:
     """Join the other processes of this launch, if there are any; trackers write into `folder`.
 
     Raises:
-        SlipstreamError: If accelerate was asked for its own FSDP plugin, which does not run on CPUs.
+        SlipstreamError: If a tracker is not installed, or accelerate was asked for its own FSDP plugin, which does not run
+            on CPUs.
     """
+    missing = [name for name in settings.trackers if find_spec(name) is None]
+    if missing:
+        raise SlipstreamError(f"train.trackers needs {missing[0]}: pip install 'slipstream[wandb]'")
     # On CPUs accelerate counts the processes of a launch only if it is told of the CPU, or, for DeepSpeed, of gloo.
     on_cpu = not torch.accelerator.is_available()
     deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
@@ -68,6 +73,10 @@ class Launch:
         self.deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
         if (self.deepspeed or settings.shard) and settings.optimizer == "muon":
             raise SlipstreamError("muon needs whole matrices, and this launch shards them: set train.optimizer adamw")
+        if self.deepspeed and settings.ema is not None and accelerator.state.deepspeed_plugin.zero_stage == 3:
+            raise SlipstreamError(
+                "train.ema averages whole weights; it does not go with ZeRO stage 3: launch with stage 2"
+            )
         module = module.to(accelerator.device)
         if settings.shard and not self.deepspeed:
             if accelerator.num_processes < 2:
@@ -104,6 +113,15 @@ class Launch:
         """What the main process says, on all of them."""
         return bool(self.sum(torch.tensor(float(yes and self.main)))) if self.processes > 1 else yes
 
+    def everywhere(self, path: Path) -> bool:
+        """Whether a file is there, which all processes must see alike."""
+        seen = int(self.sum(torch.tensor(float(path.exists())))) if self.processes > 1 else int(path.exists())
+        if 0 < seen < self.processes:
+            raise SlipstreamError(
+                f"{seen} of {self.processes} processes see {path}; give an --out that all nodes share"
+            )
+        return seen > 0
+
     def backward(self, loss: Tensor, last: bool) -> None:
         """Add a micro-batch's gradients; `last` is the last one before `step`."""
         if self.deepspeed:  # it takes means over processes and micro-batches
@@ -121,7 +139,12 @@ class Launch:
         if self.deepspeed:
             self.module.step()
             return float(self.module.get_global_grad_norm())
-        parameters = [p for p in self.module.parameters() if p.grad is not None]
+        parameters = [p for p in self.module.parameters() if p.requires_grad]
+        for parameter in parameters:
+            if (
+                parameter.grad is None
+            ):  # masks of a parallel head before it is unrolled: their state must be there to save
+                parameter.grad = torch.zeros_like(parameter)
         if self.processes > 1 and not self.settings.shard:
             for parameter in parameters:
                 parameter.grad = self.sum(parameter.grad)
@@ -163,11 +186,11 @@ class Launch:
         """
         file = place.with_suffix(".pt")
         if self.deepspeed:
-            if file.exists():
+            if self.everywhere(file):
                 raise SlipstreamError(
                     f"{file} was not written under DeepSpeed; go on without it, or give another --out"
                 )
-            if not (place / "latest").exists():
+            if not self.everywhere(place / "latest"):
                 return None
             tag = (place / "latest").read_text().strip()
             wrote = len(list((place / tag).glob("*optim_states.pt")))
@@ -177,9 +200,9 @@ class Launch:
                 )
             _, progress = self.module.load_checkpoint(str(place))
             return dict(progress)
-        if place.exists():
+        if self.everywhere(place):
             raise SlipstreamError(f"{place} was written under DeepSpeed; go on with it, or give another --out")
-        if not file.exists():
+        if not self.everywhere(file):
             return None
         state = torch.load(file, map_location="cpu", weights_only=True)
         set_state_dict(

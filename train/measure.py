@@ -8,7 +8,7 @@ from slipstream.decode.drafters import HeadDrafter
 from slipstream.decode.engine import Decoder
 from slipstream.decode.evaluate import answer
 from slipstream.decode.tasks import read_prompts, tuning_prompts
-from slipstream.distill.draft import DraftHead
+from slipstream.distill.adapters import rebuild
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,9 +28,7 @@ class Measure:
         self.config = config
 
     def __call__(self, weights: dict[str, Tensor]) -> float:
-        head = DraftHead(self.config)
-        head.load_state_dict(weights)
-        head = head.to(self.target.device, self.target.dtype).eval()
+        head = rebuild(self.config, weights).to(self.target.device, self.target.dtype).eval()
         decoder = Decoder(self.target, HeadDrafter(head, self.target))
         records = [answer(decoder, "exact", row, max_new_tokens=self.tokens) for row in self.prompts]
         lengths = [n for record in records for n in record.accept_lengths]

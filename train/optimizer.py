@@ -20,14 +20,16 @@ def make_optimizers(head: nn.Module, settings: TrainSettings) -> list[torch.opti
     learning rate serves both.
     """
     weights = {name: p for name, p in head.named_parameters() if p.requires_grad}
-    inner = {n for n, p in weights.items() if p.ndim == 2 and not n.startswith("lm_head")}
+    inner = {n for n, p in weights.items() if p.ndim == 2 and "lm_head" not in n.split(".")}
     matrices = [p for n, p in weights.items() if n in inner and settings.optimizer == "muon"]
     rest = [p for n, p in weights.items() if n not in inner or settings.optimizer == "adamw"]
     rate, decay = settings.learning_rate, settings.weight_decay
-    adamw = torch.optim.AdamW(rest, lr=rate, betas=settings.betas, weight_decay=decay, fused=True)
-    if not matrices:
-        return [adamw]
-    return [torch.optim.Muon(matrices, lr=rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw"), adamw]
+    optimizers: list[torch.optim.Optimizer] = []
+    if matrices:
+        optimizers.append(torch.optim.Muon(matrices, lr=rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw"))
+    if rest:
+        optimizers.append(torch.optim.AdamW(rest, lr=rate, betas=settings.betas, weight_decay=decay, fused=True))
+    return optimizers
 
 
 def learning_rate(step: int, total: int, settings: TrainSettings) -> float:

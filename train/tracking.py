@@ -37,5 +37,5 @@ def track(accelerator: Accelerator, settings: TrainSettings, folder: Path) -> It
     try:
         yield
     finally:
-        if settings.trackers:
-            accelerator.end_training()
+        for tracker in accelerator.trackers:  # end_training would end the process group too, which saving still needs
+            tracker.finish()

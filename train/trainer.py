@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from slipstream.configs.errors import SlipstreamError
 from slipstream.configs.files import write_atomic, write_through
 from slipstream.configs.progress import progress
+from slipstream.distill.adapters import rebuild, save_adapter
 from slipstream.distill.features import Features, OnlineFeatures, StoredFeatures
 from slipstream.distill.unroll import Distillation, labelled_rows
 from slipstream.train.launch import Launch, start
@@ -77,6 +78,7 @@ class Trainer:
         target.model.to(self.device)
         head.check_target(target)
         self.head = head
+        self.lora = recipe.head.lora_rank is not None
         mixed = self.settings.mixed_precision == "bf16"
         self.launch = Launch(accelerator, Distillation(head, target, self.distill, autocast=mixed), self.settings)
         self.micro = self.launch.processes * self.settings.accumulation
@@ -100,11 +102,16 @@ class Trainer:
         mine["train"]["accumulation"] = self.micro  # more processes may take fewer micro-batches each
         place = self.folder / "recipe.json"
         if place.exists() and (theirs := json.loads(place.read_text())) != mine:
-            section, key = next((s, k) for s in mine for k in mine[s] if mine[s][k] != theirs.get(s, {}).get(k))
+            section, key = next(
+                (s, k)
+                for s in {**theirs, **mine}
+                for k in {**theirs.get(s, {}), **mine.get(s, {})}
+                if theirs.get(s, {}).get(k, ...) != mine.get(s, {}).get(k, ...)
+            )
             name = f"{section}.{key}" if key != "accumulation" else "train.accumulation times the processes"
             raise SlipstreamError(
                 f"{self.folder} holds another run ({name} is {theirs.get(section, {}).get(key)!r} there, "
-                f"{mine[section][key]!r} here); give another --out"
+                f"{mine.get(section, {}).get(key)!r} here); give another --out"
             )
         self.launch.accelerator.wait_for_everyone()  # all have looked before it is written
         if self.launch.main:
@@ -185,8 +192,6 @@ class Trainer:
                     "train.accumulation by as much, or lower data.max_length"
                 ) from error
         self.save()
-        if self.launch.main:
-            write_atomic(self.folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in self.rows))
         self.head.eval()
         return self.rows
 
@@ -204,12 +209,15 @@ class Trainer:
                 row = {"step": self.step, "seconds": round(self.seconds, 1), **metrics.row(self.launch.sum), **measured}
                 row["tokens"] += self.rows[-1]["tokens"] if self.rows else 0
                 self.rows.append(row)
+                if self.launch.main:
+                    lines = "".join(json.dumps(row) + "\n" for row in self.rows)
+                    write_atomic(self.folder / "metrics.jsonl", lines)
                 self.launch.accelerator.log(row, step=self.step)
                 metrics = Metrics(self.distill.steps)
                 advance(0, note=f"loss {row['loss']:.3f}, simulated tau {row['simulated_acceptance_length']:.2f}")
-            if self.launch.agree(now - saved > 60 * settings.checkpoint_minutes):
-                self.save()
-                saved = time.perf_counter()
+                if self.launch.agree(now - saved > 60 * settings.checkpoint_minutes):  # at a row: none is half counted
+                    self.save()
+                    saved = time.perf_counter()
             if measured:
                 clock = time.perf_counter()
             advance()
@@ -242,7 +250,8 @@ class Trainer:
             return None
         if best.exists():
             weights = torch.load(best, map_location="cpu", weights_only=True)
-        head = type(self.head)(self.head.config)
-        head.load_state_dict(weights)
+        if self.lora:
+            save_adapter(self.head.config, weights, self.folder.parent / "adapter")
+        head = rebuild(self.head.config, weights)
         head.borrow(self.target)
         return head.eval()

@@ -7,10 +7,13 @@ import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from slipstream.configs.errors import SlipstreamError
 from slipstream.configs.recipe import Recipe
+
+if TYPE_CHECKING:
+    from slipstream.distill.target import Target
 
 
 def capture(
@@ -31,7 +34,6 @@ def capture(
     from slipstream.configs.files import require_writable
     from slipstream.data.conversations import load
     from slipstream.distill.capture import bytes_per_token, claim, finish, missing, plan_store, write_shards
-    from slipstream.distill.draft import layers_read
     from slipstream.distill.store import Manifest
     from slipstream.distill.target import load_target
 
@@ -42,7 +44,7 @@ def capture(
     device = f"cuda:{local}" if torch.cuda.is_available() else "cpu"
     settings = recipe.target
     target = load_target(settings.name, dtype=settings.dtype, adapter=settings.adapter, device=device)
-    target = target.reading(layers_read(recipe.head.kind, target))
+    target = _reading(target, recipe)
     tokens = load(recipe.data, target.chat_tokenizer)
     manifest = plan_store(target, tokens, recipe.data, dtype)
     claim(out, manifest)
@@ -69,6 +71,17 @@ def capture(
         print(f"this share is written; {waiting} files of {out} are still to come from others", file=sys.stderr)
 
 
+def _reading(target: Target, recipe: Recipe) -> Target:
+    """The target, with the layers that the recipe's head reads."""
+    from slipstream.distill.draft import layers_read
+    from slipstream.distill.heads import load_head
+
+    layers = (
+        layers_read(recipe.head.kind, target) if recipe.head.init is None else load_head(recipe.head.init).layer_ids
+    )
+    return target.reading(layers)
+
+
 def _megabytes(size: int) -> int:
     return -(-size // 2**20)
 
@@ -93,8 +106,8 @@ def train(recipe: Recipe, out: Path) -> None:
     from slipstream.data.conversations import load
     from slipstream.data.vocabulary import draft_vocabulary
     from slipstream.decode.card import write_card
-    from slipstream.distill.draft import layers_read
-    from slipstream.distill.heads import new_head, save_head
+    from slipstream.distill.adapters import add_lora
+    from slipstream.distill.heads import load_head, new_head, save_head
     from slipstream.distill.store import Store
     from slipstream.distill.target import EMBEDDED, EMBEDDED_LICENSE, load_target
     from slipstream.train.launch import start
@@ -111,15 +124,20 @@ def train(recipe: Recipe, out: Path) -> None:
     store = None
     with accelerator.main_process_first():  # what it converts and tokenizes, the others find in caches
         target = load_target(recipe.target.name, dtype=recipe.target.dtype, adapter=recipe.target.adapter)
-        target = target.reading(layers_read(recipe.head.kind, target))
+        target = _reading(target, recipe)
         if recipe.data.features is None:
             tokens = load(recipe.data, target.chat_tokenizer)
         else:
             store = Store(Path(recipe.data.features).expanduser())
             store.require(target, recipe.data)
             tokens = store.tokens
-    vocabulary = draft_vocabulary(tokens, recipe.head.draft_vocab_size, target.vocab_size, target.stop_ids())
-    head = new_head(target, vocabulary, recipe.head, seed=recipe.train.seed)
+    if recipe.head.init is None:
+        vocabulary = draft_vocabulary(tokens, recipe.head.draft_vocab_size, target.vocab_size, target.stop_ids())
+        head = new_head(target, vocabulary, recipe.head, seed=recipe.train.seed)
+    else:
+        head = load_head(recipe.head.init).requires_grad_(True)
+        if recipe.head.lora_rank is not None:
+            add_lora(head, recipe.head.lora_rank, recipe.train.seed)
     batches = Batches(tokens, recipe.data.batch_tokens, recipe.train.seed, recipe.data.batches)
     trainer = Trainer(recipe, target, head, batches, out / "train", store=store, accelerator=accelerator)
     rows = trainer.run()

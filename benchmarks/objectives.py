@@ -1,0 +1,153 @@
+"""Objectives and kinds of heads at equal data and steps: acceptance length under the exact rule and under a relaxed one.
+
+    python benchmarks/objectives.py --out runs/objectives --variants '["lk_lambda", "lk_margin"]' --seeds '[0, 1, 2]'
+
+Every head is decoded on the prompts that ship for measuring; intervals are a paired bootstrap over prompts, all seeds pooled.
+Heads and what was measured with them stay in the folder: an interrupted run goes on.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from jsonargparse import auto_cli
+
+from slipstream.configs.files import write_atomic
+from slipstream.configs.recipe import DataSettings, DistillSettings, HeadSettings, Recipe, TrainSettings
+from slipstream.data.batches import Batches
+from slipstream.data.conversations import load
+from slipstream.data.vocabulary import draft_vocabulary
+from slipstream.decode.drafters import HeadDrafter
+from slipstream.decode.engine import Decoder
+from slipstream.decode.evaluate import answer
+from slipstream.decode.policy import Policy
+from slipstream.decode.tasks import read_prompts
+from slipstream.decode.tree import TreeShape
+from slipstream.decode.verify import Verifier
+from slipstream.distill.features import OnlineFeatures
+from slipstream.distill.heads import load_head, new_head, save_head
+from slipstream.distill.target import Captured, Target, load_target
+from slipstream.train.trainer import Trainer
+
+FEATURE = {"feature_weight": 1.0}
+VARIANTS: dict[str, tuple[HeadSettings, DistillSettings]] = {
+    "forward_kl": (HeadSettings(), DistillSettings(objectives={"forward_kl": 1.0})),
+    "lk_lambda": (HeadSettings(), DistillSettings()),
+    "lk_margin": (HeadSettings(), DistillSettings(objectives={"lk_margin": 1.0})),
+    "lk_lambda + tree_hinge": (HeadSettings(), DistillSettings(objectives={"lk_lambda": 1.0, "tree_hinge": 0.1})),
+    "eagle1": (
+        HeadSettings(kind="eagle1"),
+        DistillSettings(objectives={"forward_kl": 0.1}, steps=1, noise=0.2, **FEATURE),
+    ),
+    "hass": (HeadSettings(kind="eagle1"), DistillSettings(objectives={"forward_kl": 0.1, "top_k": 1.0}, **FEATURE)),
+    "parallel": (HeadSettings(kind="parallel"), DistillSettings()),
+}
+TREE = TreeShape(3, 4, 16)
+
+
+def trained(
+    name: str, seed: int, target: Target, steps: int, batches: int, margin: float, out: Path, kept: dict[int, Captured]
+) -> Path:
+    """The folder of one head, trained if it is not there."""
+    folder = out / f"{name.replace(' ', '')}-{steps}-{batches}-{margin:g}-{seed}"
+    if (folder / "draft").is_dir():
+        return folder
+    head_settings, distill = VARIANTS[name]
+    data = DataSettings(batches=batches)
+    tokens = load(data, target.chat_tokenizer)
+    vocabulary = draft_vocabulary(tokens, head_settings.draft_vocab_size, target.vocab_size, target.stop_ids())
+    recipe = Recipe(
+        data=data,
+        head=head_settings,
+        distill=replace(distill, keep_features=True, relaxed_threshold=margin),
+        train=TrainSettings(max_steps=steps, seed=seed),
+    )
+    head = new_head(target, vocabulary, head_settings, seed=seed)
+    trainer = Trainer(recipe, target, head, Batches(tokens, data.batch_tokens, 0, batches), folder / "train")
+    assert isinstance(trainer.features, OnlineFeatures)
+    trainer.features.kept = kept  # the same batches for all heads that read the same layers
+    trainer.run()
+    result = trainer.result()
+    assert result is not None
+    save_head(result, folder / "draft", {"target": target.name})
+    return folder
+
+
+def measured(folder: Path, target: Target, rules: dict[str, Verifier], tokens: int) -> dict[str, list[list[float]]]:
+    """Emitted tokens, rounds, regret and tokens of each prompt, by rule."""
+    place = folder / f"measured-{tokens}.json"
+    if not place.is_file():
+        head = load_head(folder / "draft", dtype=target.dtype)
+        decoder = Decoder(target, HeadDrafter(head, target), Policy(tree=TREE))
+        got: dict[str, list[list[float]]] = {name: [] for name in rules}
+        for row in read_prompts():
+            for name, rule in rules.items():
+                record = answer(decoder, rule, row, max_new_tokens=tokens)
+                lengths = record.accept_lengths
+                got[name].append([sum(lengths), len(lengths), record.regret, record.tokens])
+        write_atomic(place, json.dumps(got))
+    return dict(json.loads(place.read_text()))
+
+
+def difference(ours: np.ndarray, base: np.ndarray) -> tuple[float, float, float]:
+    """Acceptance length above another's, and its 95 % interval; [prompts, seeds, 4] each."""
+    picks = np.random.default_rng(0).integers(len(ours), size=(2000, len(ours)))
+
+    def tau(x: np.ndarray) -> np.ndarray:
+        return x[..., 0].sum(-1) / x[..., 1].sum(-1)
+
+    spread = tau(ours[picks].sum(-2)) - tau(base[picks].sum(-2))
+    value = tau(ours.sum(1)) - tau(base.sum(1))
+    low, high = np.quantile(spread, [0.025, 0.975])
+    return float(value), float(low), float(high)
+
+
+def main(
+    out: Path,
+    variants: list[str] = ["lk_lambda", "forward_kl", "lk_margin"],  # noqa: B006 (jsonargparse copies defaults)
+    seeds: list[int] = [0, 1, 2],  # noqa: B006
+    steps: int = 300,
+    batches: int = 100,
+    margin: float = 0.5,
+    tokens: int = 64,
+) -> None:
+    """Print a Markdown table; the first variant is what the others are compared with.
+
+    Args:
+        out: Folder for heads and results.
+        variants: Of `VARIANTS`.
+        seeds: Of each.
+        steps: Optimizer steps of each.
+        batches: Micro-batches they all learn from.
+        margin: Of the relaxed rule, nats.
+        tokens: New tokens an answer.
+    """
+    rules = {"exact": Verifier(), "relaxed": Verifier("mars", "margin", margin)}
+    target = load_target("smollm2-135m-instruct")
+    kept: dict[tuple[int, ...], dict[int, Captured]] = {}
+    results = {}
+    for name in variants:
+        last = target.config.num_hidden_layers
+        reading = target.reading([last] if VARIANTS[name][0].kind == "eagle1" else target.layer_ids)
+        memory = kept.setdefault(tuple(reading.layer_ids), {})
+        folders = [trained(name, seed, reading, steps, batches, margin, out, memory) for seed in seeds]
+        results[name] = [measured(folder, reading, rules, tokens) for folder in folders]
+    print("| variant | exact tau | over the first | relaxed tau | over the first | regret (nats/token) |")
+    print("|---|--:|--:|--:|--:|--:|")
+    for name in variants:
+        cells = []
+        for rule in rules:
+            mine, first = (
+                np.array([run[rule] for run in results[which]]).swapaxes(0, 1) for which in (name, variants[0])
+            )
+            value, low, high = difference(mine, first)
+            sums = mine.sum((0, 1))
+            cells += [f"{sums[0] / sums[1]:.3f}", f"{value:+.3f} [{low:+.3f}, {high:+.3f}]"]
+        print(f"| {name} | {' | '.join(cells)} | {sums[2] / sums[3]:.4f} |")
+
+
+if __name__ == "__main__":
+    auto_cli(main, as_positional=False)

@@ -1,0 +1,145 @@
+"""One training step, ours against a plain implementation of the papers': tokens per second and peak memory.
+
+    python benchmarks/train.py
+
+The plain one computes the target's logits everywhere, keeps the draft's logits of all unroll steps, attends densely
+([B, heads, L, L + k] scores that autograd holds) and takes a mean over the mask. Each measurement is a process of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from jsonargparse import auto_cli
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from slipstream.configs.recipe import DistillSettings, HeadSettings
+from slipstream.distill.draft import DraftHead
+from slipstream.distill.heads import new_head
+from slipstream.distill.target import Target, load_target
+from slipstream.distill.unroll import Distillation, labelled_rows
+
+STEPS = 3
+
+
+def wide_target() -> Target:
+    """A small random Llama with the vocabulary of Llama 3."""
+    config = LlamaConfig(
+        vocab_size=128256, hidden_size=512, intermediate_size=1024, num_hidden_layers=4, num_attention_heads=8,
+        num_key_value_heads=4, max_position_embeddings=8192,
+    )  # fmt: skip
+    return Target(LlamaForCausalLM(config).to(torch.bfloat16), name="wide")
+
+
+def plain_loss(head: DraftHead, target: Target, ids: Tensor, mask: Tensor) -> Tensor:
+    """Forward KL over `STEPS` unroll steps, nothing saved: what a first implementation of the paper does."""
+    out = target.forward(ids)
+    teacher = torch.softmax(out.logits.float()[..., head.vocabulary()], -1)  # [B, L, Vd]
+    keys: list[Tensor] = []
+    values: list[Tensor] = []
+    future = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool).triu(1)
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, layer: int) -> Tensor:
+        groups = query.shape[1] // key.shape[1]
+        keys.append(key.repeat_interleave(groups, 1))
+        values.append(value.repeat_interleave(groups, 1))
+        causal = (query @ keys[0].transpose(-1, -2)).masked_fill(future, float("-inf"))
+        own = [(query * k).sum(-1, keepdim=True) for k in keys[1:]]
+        weights = torch.softmax(torch.cat([causal, *own], -1).float() * query.shape[-1] ** -0.5, -1)
+        out = weights[..., : len(future)] @ values[0].float()
+        for i, v in enumerate(values[1:], len(future)):
+            out = out + weights[..., i, None] * v.float()
+        return out
+
+    at = torch.arange(ids.shape[1])
+    embedded = head.embed(target.embeddings(ids))
+    hidden, logits = head.fuse(out.features.float()), []
+    for step in range(STEPS):
+        hidden = head(embedded.roll(-1 - step, 1), hidden, (at + step).expand(len(ids), -1), attend)
+        logits.append(torch.log_softmax(head.logits(hidden).float(), -1))
+    loss = torch.zeros(())
+    for step, log_q in enumerate(logits):
+        rows = -(teacher.roll(-1 - step, 1) * log_q).sum(-1)
+        loss = loss + 0.8**step * (rows * mask.roll(-2 - step, 1)).sum() / mask.sum()
+    return loss
+
+
+def _peak() -> int:
+    """Most memory held so far, kB."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
+
+
+def one(kind: str, case: str, length: int, rounds: int) -> None:
+    """One measurement, printed as JSON."""
+    target = load_target("smollm2-135m-instruct") if case == "smollm2" else wide_target()
+    vocabulary = torch.arange(8192 if case == "smollm2" else 32000)
+    head = new_head(target, vocabulary, HeadSettings(), seed=0).train()
+    module = Distillation(head, target, DistillSettings(objectives={"forward_kl": 1.0}), autocast=True)
+    ids = torch.randint(100, 30000, (1, length), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    mask[:, : length // 5] = False  # prompts
+    scale = torch.tensor([0.8**k for k in range(STEPS)]) / labelled_rows(mask, STEPS).sum()
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak of loading
+    before = _peak()
+    seconds = []
+    for _ in range(rounds):
+        begun = time.perf_counter()
+        if kind == "ours":
+            loss, _ = module(ids, mask, scale, target.capture(ids))
+        else:
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = plain_loss(head, target, ids, mask)
+        loss.backward()
+        head.zero_grad()
+        seconds.append(time.perf_counter() - begun)
+    peak = (_peak() - before) / 1024
+    print(json.dumps({"tokens_per_second": length / statistics.median(seconds[1:]), "peak_mb": peak}))
+
+
+def main(
+    kind: str | None = None,
+    case: str = "smollm2",
+    length: int = 1024,
+    lengths: list[int] = [512, 1024, 2048, 4096],  # noqa: B006 (jsonargparse copies defaults)
+    rounds: int = 4,
+) -> None:
+    """Print a Markdown table.
+
+    Args:
+        kind: `plain` or `ours`: one measurement only, as JSON; this script calls itself so.
+        case: Of that measurement, `smollm2` or `wide` (a vocabulary of 128k).
+        length: And its length.
+        lengths: Tokens of the one conversation of a batch, for SmolLM2; the wide vocabulary is measured at 1024.
+        rounds: Steps; the first is not counted.
+    """
+    if kind is not None:
+        one(kind, case, length, rounds)
+        return
+    print(
+        "| target | length | plain, tokens/s | ours, tokens/s | ratio | plain, peak MB above the models | ours | ratio |"
+    )
+    print("|---|--:|--:|--:|--:|--:|--:|--:|")
+    for name, tokens in [*(("smollm2", n) for n in lengths), ("wide", 1024)]:
+        speed, peak = {}, {}
+        for which in ("plain", "ours"):
+            options = ["--kind", which, "--case", name, "--length", str(tokens), "--rounds", str(rounds)]
+            done = subprocess.run([sys.executable, __file__, *options], check=True, capture_output=True, text=True)
+            got = json.loads(done.stdout.strip().splitlines()[-1])
+            speed[which], peak[which] = got["tokens_per_second"], got["peak_mb"]
+        print(
+            f"| {name} | {tokens} | {speed['plain']:.0f} | {speed['ours']:.0f} | {speed['ours'] / speed['plain']:.2f} "
+            f"| {peak['plain']:,.0f} | {peak['ours']:,.0f} | {peak['ours'] / peak['plain']:.2f} |",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    auto_cli(main, as_positional=False)
