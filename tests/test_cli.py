@@ -161,7 +161,7 @@ def test_an_unknown_option_suggests_the_commands_own(slipstream, arguments, near
         (("--train.learning_rate", "-1"), "train.learning_rate must be above 0"),
         (("--target.dtype", "float3"), "float3"),
         (("--train.mixed_precision", "bf8"), "bf8"),
-        (("--distill.objective", "reverse"), "reverse"),
+        (("--distill.objectives", "reverse"), "reverse"),
         (("--distill.steps", "0"), "distill.steps"),
         (("--head.draft_vocab_size", "0"), "head.draft_vocab_size"),
         (("--data.batch_tokens", "0"), "data.batch_tokens"),

@@ -325,7 +325,7 @@ def test_a_killed_run_loses_only_what_was_under_way_and_ends_with_the_same_rows(
     kept = len(rows_of(out))
     assert 10 < kept < 60
     stub.asked.clear()
-    again = ["regenerate", "--server", stub.url, "--target", "tiny", "--temperatures", "[0.0, 0.7]", "--parallel", "8"]
+    again = ["regenerate", "--server", stub.url, "--target", "tiny", "--temperatures", "0.0", "0.7", "--parallel", "8"]
     assert main([*again, "--prompts", str(prompts), "--out", str(out)]) == 0
     assert rows_of(out) == [expected(row, i) for i, row in enumerate(rows)]
     assert len([body for body in stub.asked if len(body["messages"]) == 1]) == 60 - kept
