@@ -90,12 +90,14 @@ def test_python_compiles(page):
 
 
 @pages
-def test_python_runs_on_a_tiny_model(page, tiny_target_folder, monkeypatch, capsys):
+def test_python_runs_on_a_tiny_model(page, tiny_target_folder, monkeypatch, capsys, tmp_path):
     """In order, in one namespace, whatever the page loads; a model or draft of the reader's own is left out."""
     target = load_target(str(tiny_target_folder), dtype=torch.float32)
     head, load = tiny_head(target), slipstream.load
     monkeypatch.setattr(slipstream, "load", lambda *names, **settings: load(target, head, **settings))
+    code = fences(page, "python")
+    monkeypatch.chdir(tmp_path)  # what they write
     names = {"input_ids": torch.tensor([[5, 6, 7]])}
-    for code in fences(page, "python"):
-        if "path/to/" not in code:
-            exec(compile(code, page.name, "exec"), names)
+    for block in code:
+        if "path/to/" not in block:
+            exec(compile(block, page.name, "exec"), names)
