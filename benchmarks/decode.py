@@ -88,12 +88,14 @@ def main(
     model, drafter, policy = eager.target, eager.drafter, eager.policy
     rows = [{**row, "turns": row["turns"][:1]} for file in prompts or [None] for row in read_prompts(file, limit)]
     chain = replace(policy, tree=TreeShape.chain(10))
+    alone = replace(policy, tree=replace(policy.tree, copied=0))
     cost = replace(policy, tree=TreeShape(4, 4, 16), speculation=Speculation("cost"))
     contenders: list[tuple[str, Any, str]] = [
         ("transformers generate", eager, "autoregressive"),
         ("transformers, prompt look-up", None, ""),
         ("ours, no draft", Decoder(model), "exact"),
         ("ours, n-gram", Decoder(model, NGramDrafter(), chain), "exact"),
+        ("ours, head without copies, exact", Decoder(model, drafter, alone), "exact"),
         ("ours, head, exact", eager, "exact"),
         (f"ours, head, {policy.rule('mars').label}", eager, "mars"),
         ("ours, head, exact, cost-aware", Decoder(model, drafter, cost), "exact"),
@@ -125,8 +127,10 @@ def main(
                 advance()
     heading = "| | tokens/s | over generate (95 %) | over no draft, same mode | tau | regret | target / draft / rest |"
     lines = [heading, "|---|---|---|---|---|---|---|"]
-    for (name, _, _), group in zip(contenders, records, strict=True):
-        lines.append(_line(name, records[0], records[7 if name.startswith("compiled") else 2], group))
+    names = [name for name, _, _ in contenders]
+    for name, group in zip(names, records, strict=True):
+        undrafted = "compiled, no draft" if name.startswith("compiled") else "ours, no draft"
+        lines.append(_line(name, records[0], records[names.index(undrafted)], group))
     table = "\n".join(lines)
     print(table)
     if out is not None:
