@@ -97,16 +97,11 @@ def unroll(
     needed = torch.zeros(batch, length, dtype=torch.bool, device=device)
     needed[:, :-1] = mask[:, 1:]
     captured = captured or target.capture(input_ids)
-    with torch.autocast(device.type, enabled=False):  # the target in its own precision
-        logits = target.logits(captured.hidden[needed])  # [T, V]
-    teacher = teacher_from_logits(logits, head.vocabulary(), head.t2d, relaxation)
+    teacher = _teach(head, target, captured.hidden[needed], relaxation)
     index = torch.full((batch, length), -1, device=device)
-    index[needed] = torch.arange(len(logits), device=device)  # where token position's teacher lies
+    index[needed] = torch.arange(len(teacher.argmax), device=device)  # where token position's teacher lies
 
-    features = captured.features.to(head.fc.weight.dtype)
-    if noise:
-        drawn = torch.rand(features.shape, generator=generator, device=device, dtype=features.dtype)
-        features = features + (drawn - 0.5) * noise
+    features = _noised(captured.features.to(head.fc.weight.dtype), noise, generator)
     embedded = head.embed(target.embeddings(input_ids))
     hidden = head.fuse(features).to(embedded.dtype)  # under autocast too the residual stream keeps its precision
     attend = UnrollAttention()
@@ -139,6 +134,21 @@ def unroll(
     return Unrolled(
         torch.stack(losses), torch.stack(counts), torch.stack(hits), lasting.sum(), accepted, (row_b, row_p)
     )
+
+
+def _teach(head: DraftHead, target: Target, hidden: Tensor, relaxation: Relaxation | None) -> Teacher:
+    """The target's distributions behind its last hidden states [T, Ht], in its own precision."""
+    with torch.autocast(hidden.device.type, enabled=False):
+        logits = target.logits(hidden)  # [T, V]
+    return teacher_from_logits(logits, head.vocabulary(), head.t2d, relaxation)
+
+
+def _noised(features: Tensor, width: float, generator: torch.Generator | None) -> Tensor:
+    """Features with uniform noise of a width."""
+    if not width:
+        return features
+    drawn = torch.rand(features.shape, generator=generator, device=features.device, dtype=features.dtype)
+    return features + (drawn - 0.5) * width
 
 
 def labelled_rows(mask: Tensor, steps: int) -> Tensor:
