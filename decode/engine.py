@@ -386,9 +386,7 @@ class Decoder:
                     )
                 )
                 features, fresh = features[:, :0], [0] * len(going)
-                if whole and tree.nodes > 1:
-                    size = max(shape.size, tree.nodes)
-                    tree = tree.padded(next((n for n in SIZES if n >= size), size))
+                tree = _static(tree, shape.size) if whole and tree.nodes > 1 else tree
             drafted = time.perf_counter()
             plain = tree.nodes == 1 and cache.rows.even and not whole
             out = target.forward(
@@ -399,9 +397,7 @@ class Decoder:
                 compiled=whole,
             )
             verified = time.perf_counter()
-            stats.draft_seconds += drafted - clock
-            stats.target_seconds += verified - drafted
-            stats.nodes += tree.nodes * len(going)
+            stats.count(drafted - clock, verified - drafted, tree.nodes * len(going))
             verdict = self._judge(request, batch, tree, out.logits)
             cache.commit(verdict.paths)
             controller.observe(tree, verdict.paths, drafted - clock, verified - drafted)
@@ -437,6 +433,12 @@ def _cut(request: _Request, batch: _Batch, row: int, tokens: list[Token]) -> tup
         if over:
             return tokens[: i + 1], True
     return tokens[:room], len(tokens) >= room
+
+
+def _static(tree: Tree, size: int) -> Tree:
+    """A tree filled up to one of few sizes, and to `size` at least."""
+    size = max(size, tree.nodes)
+    return tree.padded(next((n for n in SIZES if n >= size), size))
 
 
 def _padded(input_ids: Tensor, rows: list[list[Token]], pad: int | None, stops: list[int]) -> Tensor:

@@ -31,6 +31,12 @@ class Stats:
     draft_seconds: float = 0.0
     seconds: float = 0.0
 
+    def count(self, drafting: float, verifying: float, nodes: int) -> None:
+        """Add a round's seconds in draft and target, and the nodes it verified."""
+        self.draft_seconds += drafting
+        self.target_seconds += verifying
+        self.nodes += nodes
+
     @property
     def acceptance_length(self) -> float:
         """tau: tokens emitted per round, pooled over rounds; 1.0 before the first round."""
