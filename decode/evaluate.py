@@ -199,15 +199,32 @@ def run(
     seed: int = 0,
     label: str = "measure",
 ) -> list[list[Record]]:
-    """Records by rule and prompt. All rules answer a prompt before the next one comes, so that drift hits them alike."""
+    """Records by rule and prompt, of one decoder; see `compare`."""
+    pairs = [(decoder, rule) for rule in rules]
+    return compare(pairs, prompts, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, label=label)
+
+
+def compare(
+    pairs: Sequence[tuple[Decoder, str | Verifier]],
+    prompts: Sequence[dict[str, Any]],
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    seed: int = 0,
+    label: str = "measure",
+) -> list[list[Record]]:
+    """Records by decoder with its rule, and by prompt.
+
+    All answer a prompt before the next one comes, so that drift hits them alike.
+    """
     if max_new_tokens < 1:
         raise SlipstreamError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
-    for rule in rules:  # warm-up, not counted
+    for decoder, rule in pairs:  # warm-up, not counted
         answer(decoder, rule, prompts[0], max_new_tokens=8, temperature=temperature)
-    records: list[list[Record]] = [[] for _ in rules]
-    with progress(label, len(rules) * len(prompts), "answers") as advance:
+    records: list[list[Record]] = [[] for _ in pairs]
+    with progress(label, len(pairs) * len(prompts), "answers") as advance:
         for row in prompts:
-            for place, rule in zip(records, rules, strict=True):
+            for place, (decoder, rule) in zip(records, pairs, strict=True):
                 place.append(
                     answer(decoder, rule, row, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
                 )

@@ -22,7 +22,7 @@ from slipstream.configs.suggest import near
 from slipstream.data.template import encode_prompt
 from slipstream.decode.costs import PROBES, measure_costs
 from slipstream.decode.engine import Decoder
-from slipstream.decode.evaluate import answer
+from slipstream.decode.evaluate import compare
 from slipstream.decode.fidelity import common_prefix
 from slipstream.decode.recorder import record
 from slipstream.decode.replay import check, cut, judge
@@ -335,17 +335,10 @@ def _candidates(points: Sequence[Point], best: Sequence[Point], budget: Budget) 
 def _run(
     decoder: Decoder, points: Sequence[Point], prompts: Sequence[dict[str, Any]], max_new_tokens: int
 ) -> list[Point]:
-    """The points as they turn out in real runs; the first is exact. All answer a prompt before the next one comes."""
+    """The points as they turn out in real runs; the first is exact."""
     variants = [Decoder(decoder.target, decoder.drafter, point.apply(decoder.policy)) for point in points]
-    pairs = list(zip(variants, (point.rule for point in points), strict=True))
-    for variant, rule in pairs:  # warm-up, not counted
-        answer(variant, rule, prompts[0], max_new_tokens=8)
-    records: list[list[Record]] = [[] for _ in points]
-    with progress("confirm", len(points) * len(prompts), "answers") as advance:
-        for row in prompts:
-            for group, (variant, rule) in zip(records, pairs, strict=True):
-                group.append(answer(variant, rule, row, max_new_tokens=max_new_tokens))
-                advance()
+    pairs = [(variant, point.rule) for variant, point in zip(variants, points, strict=True)]
+    records = compare(pairs, prompts, max_new_tokens=max_new_tokens, label="confirm")
     return [_confirmed(point, group, records[0]) for point, group in zip(points, records, strict=True)]
 
 

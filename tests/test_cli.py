@@ -435,4 +435,8 @@ def test_the_quickstart_recipe_in_yaml_says_what_the_defaults_say():
     "name", sorted(path.name for path in files("slipstream.configs").iterdir() if path.name.endswith(".yaml"))
 )
 def test_every_recipe_that_ships_is_one(name):
-    _parser().parse_args(["train", "--config", str(files("slipstream.configs") / name), "--out", "anywhere"])
+    file = files("slipstream.configs") / name
+    parsed = _parser().parse_args(["train", "--config", str(file), "--out", "anywhere"]).train
+    for section, settings in yaml.safe_load(file.read_text()).items():
+        for key, value in settings.items():
+            assert parsed[section][key] == value, f"{section}.{key}"

@@ -111,12 +111,13 @@ def test_deepspeed_over_two_processes_is_the_same(alone, stage, tmp_path):
     file = tmp_path / "zero.json"
     file.write_text(json.dumps({**config, "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 2}))
     zero = ("--use_deepspeed", "--deepspeed_config_file", file, "--num_processes", 2, "--num_machines", 1)
-    zero = (*zero, "--main_process_port", port(), "--deepspeed_multinode_launcher", "standard")
+    zero = (*zero, "--deepspeed_multinode_launcher", "standard", "--main_process_port")
     for stop in (3, 0):
         launch(
             tmp_path,
             {**ADAMW, "accumulation": 2},
             *zero,
+            port(),  # a fresh one each time: the last may still be closing
             stop=stop,
             launcher="accelerate.commands.launch",
             DS_ACCELERATOR="cpu",

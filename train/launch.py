@@ -90,9 +90,6 @@ class Launch:
             config["gradient_clipping"] = settings.clip
             config["gradient_accumulation_steps"] = settings.accumulation
             config["train_micro_batch_size_per_gpu"] = 1
-            config["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = (
-                True  # whole, in the type they have
-            )
             self.module, *self.optimizers = accelerator.prepare(module, *self.optimizers)
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from dataclasses import asdict
 from itertools import pairwise
@@ -147,7 +148,7 @@ class Trainer:
             self.launch.backward(loss, last=then == indices[-1])
             metrics.add(out, self.weights[:steps])
         norm = self.launch.step(learning_rate(self.step, self.total, settings))
-        if norm != norm or norm == float("inf"):
+        if not math.isfinite(norm):
             self._keep_bad(batches)
         metrics.norm = norm
         if settings.ema is not None:

@@ -13,6 +13,7 @@ from slipstream.configs.errors import SlipstreamError
 from slipstream.configs.recipe import Recipe
 
 if TYPE_CHECKING:
+    from slipstream.distill.draft import DraftHead
     from slipstream.distill.target import Target
 
 
@@ -44,7 +45,7 @@ def capture(
     device = f"cuda:{local}" if torch.cuda.is_available() else "cpu"
     settings = recipe.target
     target = load_target(settings.name, dtype=settings.dtype, adapter=settings.adapter, device=device)
-    target = _reading(target, recipe)
+    target, _ = _begin(recipe, target)
     tokens = load(recipe.data, target.chat_tokenizer)
     manifest = plan_store(target, tokens, recipe.data, dtype)
     claim(out, manifest)
@@ -71,15 +72,15 @@ def capture(
         print(f"this share is written; {waiting} files of {out} are still to come from others", file=sys.stderr)
 
 
-def _reading(target: Target, recipe: Recipe) -> Target:
-    """The target, with the layers that the recipe's head reads."""
+def _begin(recipe: Recipe, target: Target) -> tuple[Target, DraftHead | None]:
+    """The target, with the layers that the recipe's head reads; and that head, where there is one to go on from."""
     from slipstream.distill.draft import layers_read
     from slipstream.distill.heads import load_head
 
-    layers = (
-        layers_read(recipe.head.kind, target) if recipe.head.init is None else load_head(recipe.head.init).layer_ids
-    )
-    return target.reading(layers)
+    if recipe.head.init is None:
+        return target.reading(layers_read(recipe.head.kind, target)), None
+    head = load_head(recipe.head.init)
+    return target.reading(head.layer_ids), head
 
 
 def _megabytes(size: int) -> int:
@@ -107,7 +108,7 @@ def train(recipe: Recipe, out: Path) -> None:
     from slipstream.data.vocabulary import draft_vocabulary
     from slipstream.decode.card import write_card
     from slipstream.distill.adapters import add_lora
-    from slipstream.distill.heads import load_head, new_head, save_head
+    from slipstream.distill.heads import new_head, save_head
     from slipstream.distill.store import Store
     from slipstream.distill.target import EMBEDDED, EMBEDDED_LICENSE, load_target
     from slipstream.train.launch import start
@@ -124,18 +125,18 @@ def train(recipe: Recipe, out: Path) -> None:
     store = None
     with accelerator.main_process_first():  # what it converts and tokenizes, the others find in caches
         target = load_target(recipe.target.name, dtype=recipe.target.dtype, adapter=recipe.target.adapter)
-        target = _reading(target, recipe)
+        target, head = _begin(recipe, target)
         if recipe.data.features is None:
             tokens = load(recipe.data, target.chat_tokenizer)
         else:
             store = Store(Path(recipe.data.features).expanduser())
             store.require(target, recipe.data)
             tokens = store.tokens
-    if recipe.head.init is None:
+    if head is None:
         vocabulary = draft_vocabulary(tokens, recipe.head.draft_vocab_size, target.vocab_size, target.stop_ids())
         head = new_head(target, vocabulary, recipe.head, seed=recipe.train.seed)
     else:
-        head = load_head(recipe.head.init).requires_grad_(True)
+        head.requires_grad_(True)
         if recipe.head.lora_rank is not None:
             add_lora(head, recipe.head.lora_rank, recipe.train.seed)
     batches = Batches(tokens, recipe.data.batch_tokens, recipe.train.seed, recipe.data.batches)
