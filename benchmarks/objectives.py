@@ -2,8 +2,8 @@
 
     python benchmarks/objectives.py --out runs/objectives --variants '["lk_lambda", "lk_margin"]' --seeds '[0, 1, 2]'
 
-Every head is decoded on the prompts that ship for measuring; intervals are a paired bootstrap over prompts, all seeds pooled.
-Heads and what was measured with them stay in the folder: an interrupted run goes on.
+Every head answers the same prompts, greedily and at temperature 1; intervals are a paired bootstrap over prompts, all seeds
+pooled. Heads and what was measured with them stay in the folder: an interrupted run goes on.
 """
 
 from __future__ import annotations
@@ -11,18 +11,20 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jsonargparse import auto_cli
 
 from slipstream.configs.files import write_atomic
+from slipstream.configs.progress import progress
 from slipstream.configs.recipe import DataSettings, DistillSettings, HeadSettings, Recipe, TrainSettings
 from slipstream.data.batches import Batches
 from slipstream.data.conversations import load
 from slipstream.data.vocabulary import draft_vocabulary
 from slipstream.decode.drafters import HeadDrafter
 from slipstream.decode.engine import Decoder
-from slipstream.decode.evaluate import answer
+from slipstream.decode.evaluate import answer_batch
 from slipstream.decode.policy import Policy
 from slipstream.decode.tasks import read_prompts
 from slipstream.decode.tree import TreeShape
@@ -46,6 +48,7 @@ VARIANTS: dict[str, tuple[HeadSettings, DistillSettings]] = {
     "parallel": (HeadSettings(kind="parallel"), DistillSettings()),
 }
 TREE = TreeShape(3, 4, 16)
+BATCH = 4  # prompts answered together
 
 
 def trained(
@@ -76,18 +79,24 @@ def trained(
     return folder
 
 
-def measured(folder: Path, target: Target, rules: dict[str, Verifier], tokens: int) -> dict[str, list[list[float]]]:
-    """Emitted tokens, rounds, regret and tokens of each prompt, by rule."""
-    place = folder / f"measured-{tokens}.json"
+def measured(
+    folder: Path, target: Target, cases: dict[str, tuple[Verifier, float]], rows: list[dict[str, Any]], tokens: int
+) -> dict[str, list[list[float]]]:
+    """Emitted tokens, rounds, regret and tokens of each prompt, by rule and temperature."""
+    place = folder / f"measured-{len(rows)}-{tokens}.json"
     if not place.is_file():
         head = load_head(folder / "draft", dtype=target.dtype)
         decoder = Decoder(target, HeadDrafter(head, target), Policy(tree=TREE))
-        got: dict[str, list[list[float]]] = {name: [] for name in rules}
-        for row in read_prompts():
-            for name, rule in rules.items():
-                record = answer(decoder, rule, row, max_new_tokens=tokens)
-                lengths = record.accept_lengths
-                got[name].append([sum(lengths), len(lengths), record.regret, record.tokens])
+        got: dict[str, list[list[float]]] = {name: [] for name in cases}
+        with progress(f"decode with {folder.name}", len(cases) * len(rows), "answers") as advance:
+            for name, (rule, temperature) in cases.items():
+                for group in (rows[i : i + BATCH] for i in range(0, len(rows), BATCH)):
+                    for record in answer_batch(
+                        decoder, rule, group, max_new_tokens=tokens, temperature=temperature, seed=len(got[name])
+                    ):
+                        lengths = record.accept_lengths
+                        got[name].append([sum(lengths), len(lengths), record.regret, record.tokens])
+                    advance(len(group))
         write_atomic(place, json.dumps(got))
     return dict(json.loads(place.read_text()))
 
@@ -112,6 +121,8 @@ def main(
     steps: int = 300,
     batches: int = 100,
     margin: float = 0.5,
+    prompts: list[Path] | None = None,
+    limit: int = 20,
     tokens: int = 64,
 ) -> None:
     """Print a Markdown table; the first variant is what the others are compared with.
@@ -123,30 +134,41 @@ def main(
         steps: Optimizer steps of each.
         batches: Micro-batches they all learn from.
         margin: Of the relaxed rule, nats.
+        prompts: Spec-Bench JSONL files; default: the held-out prompts that ship with the package.
+        limit: First prompts of each file; only first turns are asked.
         tokens: New tokens an answer.
     """
-    rules = {"exact": Verifier(), "relaxed": Verifier("mars", "margin", margin)}
+    relaxed = Verifier("mars", "margin", margin)
+    cases = {
+        "exact, T=0": (Verifier(), 0.0),
+        f"{relaxed.label}, T=0": (relaxed, 0.0),
+        "exact, T=1": (Verifier(), 1.0),
+        f"{relaxed.label}, T=1": (relaxed, 1.0),
+    }
+    rows = [{**row, "turns": row["turns"][:1]} for file in prompts or [None] for row in read_prompts(file, limit)]
     target = load_target("smollm2-135m-instruct")
     kept: dict[tuple[int, ...], dict[int, Captured]] = {}
-    results = {}
+    results: dict[str, list[dict[str, list[list[float]]]]] = {}
     for name in variants:
         last = target.config.num_hidden_layers
         reading = target.reading([last] if VARIANTS[name][0].kind == "eagle1" else target.layer_ids)
         memory = kept.setdefault(tuple(reading.layer_ids), {})
         folders = [trained(name, seed, reading, steps, batches, margin, out, memory) for seed in seeds]
-        results[name] = [measured(folder, reading, rules, tokens) for folder in folders]
-    print("| variant | exact tau | over the first | relaxed tau | over the first | regret (nats/token) |")
-    print("|---|--:|--:|--:|--:|--:|")
-    for name in variants:
-        cells = []
-        for rule in rules:
+        results[name] = [measured(folder, reading, cases, rows, tokens) for folder in folders]
+    print("| decoding | variant | acceptance length | by seed | over the first (95 %) | regret (nats/token) |")
+    print("|---|---|--:|---|--:|--:|")
+    for case in cases:
+        for name in variants:
             mine, first = (
-                np.array([run[rule] for run in results[which]]).swapaxes(0, 1) for which in (name, variants[0])
+                np.array([run[case] for run in results[which]]).swapaxes(0, 1) for which in (name, variants[0])
             )
             value, low, high = difference(mine, first)
             sums = mine.sum((0, 1))
-            cells += [f"{sums[0] / sums[1]:.3f}", f"{value:+.3f} [{low:+.3f}, {high:+.3f}]"]
-        print(f"| {name} | {' | '.join(cells)} | {sums[2] / sums[3]:.4f} |")
+            alone = ", ".join(f"{taken / rounds:.3f}" for taken, rounds in mine.sum(0)[:, :2])
+            print(
+                f"| {case} | {name} | {sums[0] / sums[1]:.3f} | {alone} | {value:+.3f} [{low:+.3f}, {high:+.3f}] "
+                f"| {sums[2] / sums[3]:.4f} |"
+            )
 
 
 if __name__ == "__main__":
