@@ -359,7 +359,7 @@ def simulated_acceptance_length(
         mask = torch.zeros_like(ids, dtype=torch.bool)
         mask[:, len(prompt) :] = True
         with torch.no_grad():
-            out = unroll(head, target, ids, mask, steps=steps, objective=forward_kl)
+            out = unroll(head, target, ids, mask, scale=torch.ones(steps), objective=forward_kl)
         keeps = dict(zip(out.positions[1].tolist(), out.accepted.tolist(), strict=True))
         row, end = len(prompt) - 1, len(prompt) + len(output) - 2  # row p predicts token p+2
         while row < end:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
-def _expand(x: Tensor, heads: int) -> Tensor:
-    return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], dim=1)
+_BLOCKS = {"cpu": 64}
+"""Queries of a block, by device: on a CPU a block's scores stay in a core's cache, elsewhere there are fewer launches."""
 
 
 class UnrollAttention:
@@ -19,78 +20,99 @@ class UnrollAttention:
     A query of step k at row p sees step 0's keys of rows 0..p and its own row's keys of steps 1..k. Worked example, k=2,
     p=3: keys (0,0) (0,1) (0,2) (0,3) of step 0, then (1,3) and (2,3).
 
-    On a CPU the causal part is a flash attention, and the diagonal is merged into it by its log-sum-exp: nothing [L, L] is
-    ever held. Padding must stand on the right, where causality alone hides it from the real rows.
+    Nothing [L, L] is ever held: scores exist for one block of queries at a time, and are made again on the way back.
+    Padding must stand on the right, where causality alone hides it from the real rows.
     """
 
     def __init__(self) -> None:
         self._steps: dict[int, tuple[list[Tensor], list[Tensor]]] = {}  # keys and values of a layer
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, layer: int) -> Tensor:
-        """Attend from step `len(calls of this layer so far)`; all tensors [B, heads, L, d]."""
-        heads = query.shape[1]
-        value = _expand(value, heads)
-        query, key = query.to(value.dtype), _expand(key, heads).to(value.dtype)
+        """Attend from step `len(calls of this layer so far)`.
+
+        Args:
+            query: [B, heads, L, d].
+            key: [B, groups, L, d]; each serves heads / groups heads in a row.
+            value: Likewise.
+            layer: Whose keys these are.
+        """
+        query, key = query.to(value.dtype), key.to(value.dtype)
         keys, values = self._steps.setdefault(layer, ([], []))
         keys.append(key)
         values.append(value)
-        if len(keys) == 1:
-            return scaled_dot_product_attention(query, key, value, is_causal=True)
-        own = torch.stack(keys[1:]), torch.stack(values[1:])
-        merge = _Merged.apply if query.device.type == "cpu" else attend_densely
-        return merge(query, keys[0], values[0], *own)
+        out: Tensor = _Blocked.apply(query, keys[0], values[0], torch.stack(keys)[1:], torch.stack(values)[1:])
+        return out
 
 
-def attend_densely(query: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """Causal attention with a diagonal, by its definition: [L, L + k] scores under one softmax.
+class _Blocked(torch.autograd.Function):
+    """Softmax attention over causal keys [B, groups, L, d] and k of each row's own [k, B, groups, L, d].
 
-    Args:
-        query: Of one step, [B, heads, L, d].
-        key: Of step 0, likewise.
-        value: Likewise.
-        keys: Of steps 1..k, [k, B, heads, L, d].
-        values: Likewise.
-    """
-    length, scale = query.shape[2], query.shape[-1] ** -0.5
-    future = torch.ones(length, length, dtype=torch.bool, device=query.device).triu(1)
-    causal = (query @ key.transpose(-1, -2)).float().masked_fill(future, float("-inf"))
-    diagonal = (query * keys).sum(-1).movedim(0, -1).float()  # [B, heads, L, k]
-    weights = torch.softmax(torch.cat([causal, diagonal], dim=-1) * scale, dim=-1).to(query.dtype)
-    own = weights[..., length:].movedim(-1, 0).unsqueeze(-1) * values
-    return weights[..., :length] @ value + own.sum(0)
-
-
-class _Merged(torch.autograd.Function):
-    """`attend_densely` in memory linear in L.
-
-    The flash kernel gives the causal part's output and log-sum-exp; with those of the whole softmax in their place its
-    backward gives the causal part's share of the gradients, as in ring attention (arXiv 2310.01889).
+    Inside, queries have their group's dimension: [B, groups, heads of a group, L, d].
     """
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        scale = query.shape[-1] ** -0.5
-        causal, causal_lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            query, key, value, dropout_p=0.0, is_causal=True
-        )
-        scores = (query.float() * keys.float()).sum(-1) * scale  # [k, B, heads, L]
-        lse = torch.logsumexp(torch.cat([causal_lse[None], scores]), dim=0)
-        out = (causal_lse - lse).exp()[..., None] * causal.float()
-        out += ((scores - lse).exp()[..., None] * values.float()).sum(0)
-        out = out.to(query.dtype)
-        ctx.save_for_backward(query, key, value, keys, values, out, lse)
+        ctx.save_for_backward(query, key, value, keys, values)
+        out = torch.empty_like(query)
+        grouped = out.unflatten(1, (key.shape[1], -1))
+        for at, weights, _ in _weights(query, key, keys):
+            causal, own = weights.to(value.dtype).split([at.stop, len(keys)], -1)
+            grouped[:, :, :, at] = _product(causal, value[:, :, : at.stop])
+            grouped[:, :, :, at] += (own.movedim(-1, 0)[..., None] * values[:, :, :, None, at]).sum(0)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
-        query, key, value, keys, values, out, lse = ctx.saved_tensors
+        query, key, value, keys, values = ctx.saved_tensors
         scale = query.shape[-1] ** -0.5
-        grad_query, grad_key, grad_value = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            grad, query, key, value, out, lse, dropout_p=0.0, is_causal=True
-        )
-        weights = ((query.float() * keys.float()).sum(-1) * scale - lse).exp()  # [k, B, heads, L]
-        delta = (grad.float() * out.float()).sum(-1)
-        slopes = (weights * ((grad.float() * values.float()).sum(-1) - delta) * scale)[..., None]
-        grad_query = grad_query + (slopes * keys.float()).sum(0).to(query.dtype)
-        grad_keys = (slopes * query.float()).to(keys.dtype)
-        return grad_query, grad_key, grad_value, grad_keys, (weights[..., None] * grad.float()).to(values.dtype)
+        grad = grad.unflatten(1, (key.shape[1], -1))
+        grad_query, grad_keys, grad_values = torch.empty_like(grad), torch.empty_like(keys), torch.empty_like(values)
+        grad_key, grad_value = (torch.zeros_like(x, dtype=torch.float32) for x in (key, value))
+        for at, weights, block in _weights(query, key, keys):
+            slope = grad[:, :, :, at]
+            down = _scores(slope, value, values, at)
+            down -= (weights * down).sum(-1, keepdim=True)
+            down *= weights
+            (causal, own), (down, own_down) = (
+                x.to(value.dtype).split([at.stop, len(keys)], -1) for x in (weights, down)
+            )
+            grad_value[:, :, : at.stop] += causal.flatten(2, 3).transpose(-1, -2) @ slope.flatten(2, 3)
+            grad_key[:, :, : at.stop] += down.flatten(2, 3).transpose(-1, -2) @ block.flatten(2, 3)
+            grad_values[:, :, :, at] = (own.movedim(-1, 0)[..., None] * slope).sum(3)
+            own_down = own_down.movedim(-1, 0)[..., None]
+            grad_keys[:, :, :, at] = (own_down * block).sum(3)
+            grad_query[:, :, :, at] = _product(down, key[:, :, : at.stop])
+            grad_query[:, :, :, at] += (own_down * keys[:, :, :, None, at]).sum(0)
+        grad_query *= scale
+        return grad_query.flatten(1, 2), grad_key.to(key.dtype), grad_value.to(value.dtype), grad_keys, grad_values
+
+
+def _weights(query: Tensor, key: Tensor, keys: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Block by block: its rows, what they give to the causal keys up to its end and to their own, and its scaled queries.
+
+    Weights are fp32 [B, groups, heads of a group, block, stop + k].
+    """
+    query = (query * query.shape[-1] ** -0.5).unflatten(1, (key.shape[1], -1))
+    length = query.shape[3]
+    size = _BLOCKS.get(query.device.type, 512)
+    future = torch.ones(size, size, dtype=torch.bool, device=query.device).triu(1)
+    for start in range(0, length, size):
+        at = slice(start, min(start + size, length))
+        block = query[:, :, :, at]
+        rows = block.shape[3]
+        scores = _scores(block, key, keys, at)
+        scores[..., start : at.stop].masked_fill_(future[:rows, :rows], float("-inf"))
+        yield at, torch.softmax(scores, -1), block
+
+
+def _scores(block: Tensor, causal: Tensor, own: Tensor, at: slice) -> Tensor:
+    """Products of a block's rows with causal vectors up to its end and with their own k, fp32 [.., block, stop + k]."""
+    scores = block.new_empty(*block.shape[:-1], at.stop + len(own), dtype=torch.float32)
+    scores[..., : at.stop] = _product(block, causal[:, :, : at.stop].transpose(-1, -2))
+    scores[..., at.stop :] = (block * own[:, :, :, None, at]).sum(-1).movedim(0, -1)
+    return scores
+
+
+def _product(grouped: Tensor, shared: Tensor) -> Tensor:
+    """[B, groups, heads, rows, n] times [B, groups, n, m], as one matrix product for all heads of a group."""
+    return (grouped.flatten(2, 3) @ shared).unflatten(2, grouped.shape[2:4])

@@ -15,36 +15,52 @@ if TYPE_CHECKING:
     from slipstream.distill.draft import DraftHead
     from slipstream.distill.relaxation import Relaxation
 
-_CHUNK = 128  # rows; 128 x 8192 fp32 values stay in a CPU's cache
-_TEACHER_CHUNK = 64  # rows, of the target's whole vocabulary
+_CHUNK = 2**20  # logits of the draft at once; in fp32 they stay in a CPU's cache
+_GROUP = 512  # rows whose slopes become gradients together: adding to a matrix as large as lm_head is not free
+_TEACHER_CHUNK = 3 * 2**20  # logits of the target at once, in fp32
+_TEACHER_GROUP = 4  # chunks whose logits the target's output layer gives at once
 
 
-def teacher_from_logits(
-    logits: Tensor, vocabulary: Tensor, membership: Tensor, relaxation: Relaxation | None = None
+def teach(
+    logits: Callable[[Tensor], Tensor],
+    hidden: Tensor,
+    vocabulary: Tensor,
+    membership: Tensor,
+    relaxation: Relaxation | None = None,
 ) -> Teacher:
-    """The teacher at R rows from target logits [R, V], draft vocabulary ids [Vd] and membership mask [V].
+    """The teacher at R rows. With a relaxed rule it says which tokens that would accept.
 
-    With a relaxed rule it says which tokens that would accept.
+    Args:
+        logits: Of the target, [r, V], behind its last hidden states [r, Ht].
+        hidden: Those states, [R, Ht].
+        vocabulary: The draft vocabulary's ids, [Vd].
+        membership: Which tokens are in it, bool [V].
+        relaxation: The rule.
     """
-    inside = torch.empty(len(logits), len(vocabulary), device=logits.device)
-    argmax = torch.empty(len(logits), dtype=torch.long, device=logits.device)
-    buffer = torch.empty(_TEACHER_CHUNK, logits.shape[-1], device=logits.device)
-    for start in range(0, len(logits), _TEACHER_CHUNK):
-        at = slice(start, start + _TEACHER_CHUNK)
-        chunk = buffer[: len(logits[at])].copy_(logits[at])
-        top, argmax[at] = chunk.max(-1)  # on a CPU faster than argmax
-        chunk.sub_(top[:, None]).exp_()
-        inside[at] = chunk.index_select(1, vocabulary).div_(chunk.sum(-1, keepdim=True))
+    inside = hidden.new_empty(len(hidden), len(vocabulary))  # as exact as the logits are
+    argmax = torch.empty(len(hidden), dtype=torch.long, device=hidden.device)
+    tokens = torch.empty(len(hidden), 2, dtype=torch.long, device=hidden.device)
+    rows = max(1, _TEACHER_CHUNK // len(membership))
+    buffer = torch.empty(rows, len(membership), device=hidden.device)
+    for first in range(0, len(hidden), _TEACHER_GROUP * rows):
+        group = logits(hidden[first : first + _TEACHER_GROUP * rows])
+        if relaxation is not None:
+            tokens[first : first + len(group)] = relaxation.acceptable(group)
+        for start in range(0, len(group), rows):
+            chunk = buffer[: len(group) - start].copy_(group[start : start + rows])
+            at = slice(first + start, first + start + len(chunk))
+            top, argmax[at] = chunk.max(-1)  # on a CPU faster than argmax
+            chunk.sub_(top[:, None]).exp_()
+            torch.div(chunk.index_select(1, vocabulary), chunk.sum(-1, keepdim=True), out=inside[at])
     if relaxation is None:
         return Teacher(inside, argmax, membership[argmax])
-    tokens = relaxation.acceptable(logits)
     place = membership.long().cumsum(0) - 1  # of a target token in the draft vocabulary, whose ids ascend
     known = (tokens >= 0) & membership[tokens.clamp(min=0)]
     return Teacher(inside, argmax, membership[argmax], place[tokens.clamp(min=0)].where(known, -1))
 
 
 class _ChunkedLoss(torch.autograd.Function):
-    """Sum of an objective over rows; gradients are made chunk by chunk on the way forward (as Liger's fused losses)."""
+    """An objective over rows; gradients are made chunk by chunk on the way forward (as Liger's fused losses)."""
 
     @staticmethod
     def forward(
@@ -53,40 +69,45 @@ class _ChunkedLoss(torch.autograd.Function):
         output: Tensor,
         teacher: Teacher,
         rows: Tensor,
-        counted: Tensor,
+        scale: Tensor,
         objective: Callable[[Tensor, Teacher], Tensor],
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         wanted = any(ctx.needs_input_grad[:2])
         kind = hidden.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else output.dtype
         x, weight = hidden.to(dtype), output.to(dtype)
-        total = torch.zeros((), device=hidden.device)
+        losses = torch.empty(len(hidden), device=hidden.device)
         guess = torch.empty(len(hidden), dtype=torch.long, device=hidden.device)
-        grads = [
+        ctx.grads = [
             torch.zeros_like(x) if needed else None
             for x, needed in zip((hidden, output), ctx.needs_input_grad, strict=False)
         ]
-        for start in range(0, len(hidden), _CHUNK):
-            at = slice(start, start + _CHUNK)
-            logits = torch.mm(x[at], weight.T)
-            guess[at] = logits.max(-1).indices
-            with torch.set_grad_enabled(wanted):
-                logits.requires_grad_(wanted)
-                loss = objective(logits, teacher.take(rows[at])).where(counted[at], 0.0).sum()
-            if wanted:
-                (slope,) = torch.autograd.grad(loss, logits)
-                if grads[0] is not None:
-                    grads[0][at] = torch.mm(slope, weight)
-                if grads[1] is not None:
-                    grads[1].add_(torch.mm(slope.T, x[at]))
-            total += loss.detach()
-        ctx.save_for_backward(*grads)
-        ctx.mark_non_differentiable(guess)
-        return total, guess
+        slopes = torch.empty(min(_GROUP, len(x)) if wanted else 0, len(weight), dtype=dtype, device=x.device)
+        size = max(1, _CHUNK // len(weight))
+        for first in range(0, len(x), _GROUP):
+            group = x[first : first + _GROUP]
+            for start in range(0, len(group), size):
+                logits = torch.mm(group[start : start + size], weight.T)
+                at = slice(first + start, first + start + len(logits))
+                guess[at] = logits.max(-1).indices
+                with torch.set_grad_enabled(wanted):
+                    loss = objective(logits.requires_grad_(wanted), teacher.take(rows[at]))
+                    scaled = (loss * scale[at]).where(scale[at] > 0, 0.0).sum()
+                losses[at] = loss.detach()
+                if wanted:
+                    (slopes[start : start + len(logits)],) = torch.autograd.grad(scaled, logits)
+            if ctx.grads[0] is not None:
+                ctx.grads[0][first : first + len(group)] = torch.mm(slopes[: len(group)], weight)
+            if ctx.grads[1] is not None:
+                ctx.grads[1].add_(torch.mm(slopes[: len(group)].T, group))
+        losses.masked_fill_(scale == 0, 0.0)
+        ctx.mark_non_differentiable(losses, guess)
+        return (losses * scale).sum(), losses, guess
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        return (*(g if g is None else g * grad for g in ctx.saved_tensors), None, None, None, None)
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        grads, ctx.grads = ctx.grads, None  # whose they become need not copy them
+        return (*(g if g is None else g.mul_(grad) for g in grads), None, None, None, None)
 
 
 def head_loss(
@@ -94,21 +115,22 @@ def head_loss(
     hidden: Tensor,
     teacher: Teacher,
     rows: Tensor,
-    counted: Tensor,
+    scale: Tensor,
     objective: Callable[[Tensor, Teacher], Tensor],
-) -> tuple[Tensor, Tensor]:
-    """Sum of `objective` over the counted rows, and the head's top token of every row.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Weighted sum of `objective` over rows, and the head's top token of every row.
 
     Args:
         head: Its output norm and matrix are applied here.
         hidden: Recurrent features, [R, H].
         teacher: The target's distributions, of T positions.
         rows: Which of the T belongs to each row, [R].
-        counted: Rows that count in the loss, bool [R].
+        scale: Weights of the rows, [R]; 0 where one does not count.
         objective: Gives one value per row.
 
     Returns:
-        The summed loss (scalar, differentiable) and the top draft-vocabulary index of every row, [R].
+        The sum (scalar, differentiable), every row's own value ([R], 0 where it does not count), and the top
+        draft-vocabulary index of every row, [R].
     """
-    total, guess = _ChunkedLoss.apply(head.normed(hidden), head.lm_head.weight, teacher, rows, counted, objective)
-    return total, guess
+    total, losses, guess = _ChunkedLoss.apply(head.normed(hidden), head.lm_head.weight, teacher, rows, scale, objective)
+    return total, losses, guess

@@ -46,9 +46,9 @@ class Teacher:
         return self.inside / self.inside.sum(-1, keepdim=True).clamp(min=1e-9)
 
     def take(self, rows: Tensor) -> Teacher:
-        """The teacher at some of its rows, [R]."""
+        """The teacher at some of its rows, [R], in fp32."""
         acceptable = None if self.acceptable is None else self.acceptable[rows]
-        return Teacher(self.inside.index_select(0, rows), self.argmax[rows], self.covered[rows], acceptable)
+        return Teacher(self.inside.index_select(0, rows).float(), self.argmax[rows], self.covered[rows], acceptable)
 
 
 def _kl(log_q: Tensor, teacher: Teacher) -> Tensor:

@@ -1,7 +1,7 @@
 """Weights in the order in which this CPU's matrix kernels read them: what a small batch waits for is memory, not sums.
 
 oneDNN reorders a weight on every call unless it is given one in its own layout. For SmolLM2-135M in bf16 on two cores that
-is a third of the time of a forward over a few tokens (benchmarks/packing.py).
+is a third of the time of a forward over a few tokens (benchmarks/forward.py).
 """
 
 from __future__ import annotations

@@ -18,6 +18,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from slipstream.configs.errors import SlipstreamError
 from slipstream.configs.files import folder_atomic
 from slipstream.configs.suggest import near
+from slipstream.distill import blocks
 from slipstream.distill.packing import Packing, pack
 
 if TYPE_CHECKING:
@@ -187,15 +188,17 @@ class Target:
         if compiled:
             return TargetOutput(*self._compiled(input_ids, mask, position_ids, cache, logits_to_keep))
         if cache is None:
-            return TargetOutput(*self._run(input_ids, mask, position_ids, cache, logits_to_keep))
+            with blocks.used():
+                return TargetOutput(*self._run(input_ids, mask, position_ids, cache, logits_to_keep))
         self._packing = self._packing or pack(self.model)
-        with self._packing.used():
+        with blocks.used(), self._packing.used():
             return TargetOutput(*self._run(input_ids, mask, position_ids, cache, logits_to_keep))
 
     @torch.no_grad()
     def capture(self, input_ids: Tensor) -> Captured:
         """Run the target over whole texts [B, L], padded on the right, for training: everything but the output layer."""
-        out = self.model.base_model(input_ids=input_ids, use_cache=False, output_hidden_states=True)
+        with blocks.used():
+            out = self.model.base_model(input_ids=input_ids, use_cache=False, output_hidden_states=True)
         return Captured(self._features(out.hidden_states, out.last_hidden_state.device), out.last_hidden_state)
 
     @torch.no_grad()

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import smooth_l1_loss
 
 from slipstream.distill.attention import UnrollAttention
-from slipstream.distill.loss import head_loss, teacher_from_logits
+from slipstream.distill.loss import head_loss, teach
 from slipstream.distill.objectives import MARGIN_AWARE, weighted
 from slipstream.distill.relaxation import Relaxation
 
@@ -28,7 +28,8 @@ class Unrolled:
     """Sums over the rows of one batch, per unroll step; divide after adding up ranks and micro-batches.
 
     Attributes:
-        loss: Summed objective over rows that count, [K].
+        total: The objective summed over all rows that count, each step at its weight: a scalar, differentiable.
+        loss: Summed objective over rows that count, without gradients, [K].
         rows: Rows that counted in the loss, [K].
         hits: Rows where the draft's top token was the target's and every earlier step hit too, [K].
         tried: Rows with K labels, which the hits are over, a scalar.
@@ -36,6 +37,7 @@ class Unrolled:
         positions: Where those rows stand: (row of the batch, position), each [R].
     """
 
+    total: Tensor
     loss: Tensor
     rows: Tensor
     hits: Tensor
@@ -61,7 +63,7 @@ def unroll(
     input_ids: Tensor,
     mask: Tensor,
     *,
-    steps: int,
+    scale: Tensor,
     objective: Callable[[Tensor, Teacher], Tensor],
     noise: float = 0.0,
     feature_weight: float = 0.0,
@@ -69,7 +71,7 @@ def unroll(
     captured: Captured | None = None,
     generator: torch.Generator | None = None,
 ) -> Unrolled:
-    """Run the target and `steps` draft steps over one batch of whole conversations.
+    """Run the target and K draft steps over one batch of whole conversations.
 
     Step k of row p reads the embedding of token p+1+k (a `parallel` head reads its mask for k > 0) and is judged by the
     target's distribution for token p+2+k.
@@ -79,7 +81,7 @@ def unroll(
         target: The frozen target.
         input_ids: [B, L], padded on the right.
         mask: Bool [B, L], the assistant's tokens; False on padding.
-        steps: K.
+        scale: Weights of the steps, [K].
         objective: Gives one value per row.
         noise: Width of uniform noise on the features (EAGLE-1).
         feature_weight: Of the distance between the head's normed output and the target's last hidden state for the same
@@ -89,7 +91,7 @@ def unroll(
         generator: Of the noise.
     """
     head.borrow(target)
-    batch, length = input_ids.shape
+    steps, (batch, length) = len(scale), input_ids.shape
     device = input_ids.device
     rows = _rows(mask)
     # Teacher rows: token p+2+k is predicted by the target's logits at p+1+k, for all k.
@@ -97,7 +99,8 @@ def unroll(
     needed = torch.zeros(batch, length, dtype=torch.bool, device=device)
     needed[:, :-1] = mask[:, 1:]
     captured = captured or target.capture(input_ids)
-    teacher = _teach(head, target, captured.hidden[needed], relaxation)
+    with torch.autocast(device.type, enabled=False):  # the teacher has the target's own precision
+        teacher = teach(target.logits, captured.hidden[needed], head.vocabulary(), head.t2d, relaxation)
     index = torch.full((batch, length), -1, device=device)
     index[needed] = torch.arange(len(teacher.argmax), device=device)  # where token position's teacher lies
 
@@ -106,41 +109,40 @@ def unroll(
     hidden = head.fuse(features).to(embedded.dtype)  # under autocast too the residual stream keeps its precision
     attend = UnrollAttention()
     row_b, row_p = rows // length, rows % length
-    survived = torch.ones(len(rows), dtype=torch.bool, device=device)
     lasting = _labelled(mask, row_b, row_p, steps)
-    losses, counts, hits = [], [], []
-    accepted = torch.zeros_like(rows)
+    outputs, picks = [], []
     for k in range(steps):
         embedding = _shift(embedded, 1 + k)
         if k and head.config.kind == "parallel":
             embedding, hidden = head.masks(batch, length)
         hidden = head(embedding, hidden, (at + k).expand(batch, -1), attend)
+        outputs.append(hidden[row_b, row_p])
         position = row_p + 1 + k  # the target's row that predicts the same token
-        valid = position < length - 1
-        pick = torch.where(valid, index[row_b, position.clamp(max=length - 1)], -1)
-        valid = pick >= 0
-        pick = pick.clamp(min=0)
-        counted = valid & teacher.covered[pick]
-        output = hidden[row_b, row_p]
-        loss, guess = head_loss(head, output, teacher, pick, counted, objective)
-        if feature_weight:
-            aim = captured.hidden[row_b, position.clamp(max=length - 1)]
-            loss = loss + feature_weight * _feature_distance(head.normed(output)[counted], aim[counted]).sum()
-        losses.append(loss)
-        counts.append(counted.sum())
-        survived = survived & valid & (head.vocabulary()[guess] == teacher.argmax[pick])
-        hits.append((survived & lasting).sum())
-        accepted += survived
+        inside = position < length - 1
+        picks.append(torch.where(inside, index[row_b, position.clamp(max=length - 1)], -1))
+    pick = torch.stack(picks)  # [K, R], as all that follows
+    valid, pick = pick >= 0, pick.clamp(min=0)
+    counted = valid & teacher.covered[pick]
+    output = torch.stack(outputs)
+    weights = counted * scale[:, None]
+    total, losses, guess = head_loss(head, output.flatten(0, 1), teacher, pick.flatten(), weights.flatten(), objective)
+    losses = losses.view_as(pick)
+    if feature_weight:
+        aim = captured.hidden[needed][pick[counted]]
+        distance = feature_weight * _feature_distance(head.normed(output[counted]), aim)
+        total = total + (distance * weights[counted]).sum()
+        losses[counted] += distance.detach()
+    hits = valid & (head.vocabulary()[guess].view_as(pick) == teacher.argmax[pick])
+    survived = hits.cumprod(0)
     return Unrolled(
-        torch.stack(losses), torch.stack(counts), torch.stack(hits), lasting.sum(), accepted, (row_b, row_p)
+        total,
+        losses.sum(1),
+        counted.sum(1),
+        (survived * lasting).sum(1),
+        lasting.sum(),
+        survived.sum(0),
+        (row_b, row_p),
     )
-
-
-def _teach(head: DraftHead, target: Target, hidden: Tensor, relaxation: Relaxation | None) -> Teacher:
-    """The target's distributions behind its last hidden states [T, Ht], in its own precision."""
-    with torch.autocast(hidden.device.type, enabled=False):
-        logits = target.logits(hidden)  # [T, V]
-    return teacher_from_logits(logits, head.vocabulary(), head.t2d, relaxation)
 
 
 def _noised(features: Tensor, width: float, generator: torch.Generator | None) -> Tensor:
@@ -187,7 +189,7 @@ class Distillation(nn.Module):
                 self.target,
                 input_ids,
                 mask,
-                steps=len(scale),
+                scale=scale,
                 objective=self.objective,
                 noise=self.settings.noise,
                 feature_weight=self.settings.feature_weight,
@@ -195,7 +197,7 @@ class Distillation(nn.Module):
                 captured=captured,
                 generator=generator,
             )
-        return (out.loss * scale).sum(), replace(out, loss=out.loss.detach())
+        return out.total, replace(out, total=out.total.detach())
 
 
 def _feature_distance(output: Tensor, aim: Tensor) -> Tensor:

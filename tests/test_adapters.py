@@ -21,7 +21,7 @@ from slipstream.train.trainer import Trainer
 def loss(head, target):
     ids = torch.randint(3, VOCAB, (1, 16), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        return unroll(head, target, ids, torch.ones_like(ids).bool(), steps=2, objective=forward_kl).loss
+        return unroll(head, target, ids, torch.ones_like(ids).bool(), scale=torch.ones(2), objective=forward_kl).loss
 
 
 @pytest.mark.parametrize("kind", HEADS)

@@ -12,7 +12,7 @@ from slipstream.configs.recipe import DistillSettings
 from slipstream.decode.evidence import LogitEvidence
 from slipstream.decode.tree import make_tree
 from slipstream.decode.verify import Spent, Verifier, decide_greedily
-from slipstream.distill.attention import UnrollAttention, attend_densely
+from slipstream.distill.attention import UnrollAttention
 from slipstream.distill.objectives import (
     MARGIN_AWARE,
     OBJECTIVES,
@@ -91,7 +91,7 @@ def test_unroll_equals_a_naive_loop_over_rows_and_steps(name, kind):
     torch.manual_seed(3)
     ids = torch.randint(3, VOCAB, (12,))
     mask = torch.tensor([0, 0, 0, 1, 1, 1, 1, 0, 0, 1, 1, 1]).bool()
-    out = unroll(head, target, ids[None], mask[None], steps=3, objective=OBJECTIVES[name])
+    out = unroll(head, target, ids[None], mask[None], scale=torch.ones(3), objective=OBJECTIVES[name])
     with torch.no_grad():
         losses, rows, hits, tried = naive(head, target, ids, mask, 3, OBJECTIVES[name])
     torch.testing.assert_close(out.loss.detach(), losses, rtol=1e-4, atol=1e-4)
@@ -100,21 +100,38 @@ def test_unroll_equals_a_naive_loop_over_rows_and_steps(name, kind):
     assert int(out.tried) == tried
 
 
+def attend_densely(query, key, value, keys, values):
+    """Causal attention with a diagonal by its definition: [L, L + k] scores under one softmax."""
+    groups = query.shape[1] // key.shape[1]
+    key, value, keys, values = (x.repeat_interleave(groups, -3) for x in (key, value, keys, values))
+    length = query.shape[2]
+    future = torch.ones(length, length, dtype=torch.bool).triu(1)
+    causal = (query @ key.transpose(-1, -2)).float().masked_fill(future, float("-inf"))
+    diagonal = (query * keys).sum(-1).movedim(0, -1).float()  # [B, heads, L, k]
+    weights = torch.softmax(torch.cat([causal, diagonal], -1) * query.shape[-1] ** -0.5, -1).to(query.dtype)
+    own = weights[..., length:].movedim(-1, 0).unsqueeze(-1) * values
+    return weights[..., :length] @ value + own.sum(0)
+
+
+@pytest.mark.parametrize("length", [5, 64, 150])
 @pytest.mark.parametrize(("dtype", "close"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
-def test_merged_attention_and_its_gradients_are_those_of_the_definition(dtype, close):
+def test_blocked_attention_and_its_gradients_are_those_of_the_definition(dtype, close, length):
     draw = torch.Generator().manual_seed(0)
-    sizes = [(2, 4, 33, 16)] * 3 + [(2, 4, 33, 16)] * 4
+    sizes = [(2, 4, length, 16), *[(2, 2, length, 16)] * 6]
     parts = [torch.randn(size, generator=draw).to(dtype).requires_grad_() for size in sizes]
     query, key, value, *later = parts
     attend = UnrollAttention()
-    attend(query, key, value, 0)
+    first = attend(query, key, value, 0)
     attend(query, later[0], later[1], 0)
-    ours = attend(query, later[2], later[3], 0)
-    plain = attend_densely(query, key, value, torch.stack(later[::2]), torch.stack(later[1::2]))
-    torch.testing.assert_close(ours, plain, rtol=close, atol=close)
-    weight = torch.randn(ours.shape, generator=draw).to(dtype)
-    for mine, theirs in zip(*(torch.autograd.grad((x * weight).sum(), parts) for x in (ours, plain)), strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=close, atol=close * 3)
+    third = attend(query, later[2], later[3], 0)
+    none = torch.empty(0, *key.shape, dtype=dtype)
+    for ours, own in ((first, (none, none)), (third, (torch.stack(later[::2]), torch.stack(later[1::2])))):
+        plain = attend_densely(query, key, value, *own)
+        torch.testing.assert_close(ours, plain, rtol=close, atol=close)
+        weight = torch.randn(ours.shape, generator=draw).to(dtype)
+        which = parts if ours is third else parts[:3]
+        for mine, theirs in zip(*(torch.autograd.grad((x * weight).sum(), which) for x in (ours, plain)), strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=close, atol=close * theirs.abs().max().item())
 
 
 def test_padding_and_neighbours_in_the_batch_change_nothing():
@@ -125,9 +142,9 @@ def test_padding_and_neighbours_in_the_batch_change_nothing():
     ids, mask = torch.zeros(2, 14, dtype=torch.long), torch.zeros(2, 14, dtype=torch.bool)
     ids[0, :9], ids[1] = a, b
     mask[0, 4:9], mask[1, 6:] = True, True
-    both = unroll(head, target, ids, mask, steps=3, objective=forward_kl)
-    one = unroll(head, target, a[None], mask[:1, :9], steps=3, objective=forward_kl)
-    two = unroll(head, target, b[None], mask[1:], steps=3, objective=forward_kl)
+    both = unroll(head, target, ids, mask, scale=torch.ones(3), objective=forward_kl)
+    one = unroll(head, target, a[None], mask[:1, :9], scale=torch.ones(3), objective=forward_kl)
+    two = unroll(head, target, b[None], mask[1:], scale=torch.ones(3), objective=forward_kl)
     torch.testing.assert_close(both.loss, one.loss + two.loss, rtol=1e-4, atol=1e-4)
     assert both.rows.tolist() == (one.rows + two.rows).tolist()
 
@@ -136,7 +153,9 @@ def test_the_mask_belongs_to_the_predicted_token():
     # Tokens 3 and 4 are the assistant's. Row 1 predicts token 3, row 2 predicts token 4; row 3 would predict token 5.
     target = tiny_target()
     mask = torch.tensor([[0, 0, 0, 1, 1]]).bool()
-    out = unroll(tiny_head(target, VOCAB), target, torch.arange(3, 8)[None], mask, steps=2, objective=forward_kl)
+    out = unroll(
+        tiny_head(target, VOCAB), target, torch.arange(3, 8)[None], mask, scale=torch.ones(2), objective=forward_kl
+    )
     assert out.positions[1].tolist() == [1, 2]
     assert out.rows.tolist() == [2, 1]  # at the second step only row 1 still has a label (token 4)
 
@@ -145,7 +164,7 @@ def test_gradients_of_the_chunked_loss_are_those_of_autograd():
     target = tiny_target()
     head = tiny_head(target)
     ids, mask = torch.arange(3, 23)[None], torch.ones(1, 20, dtype=torch.bool)
-    unroll(head, target, ids, mask, steps=1, objective=lk_lambda).loss.sum().backward()
+    unroll(head, target, ids, mask, scale=torch.ones(1), objective=lk_lambda).total.backward()
     chunked = {n: p.grad.clone() for n, p in head.named_parameters()}
     head.zero_grad()
     out = target.forward(ids)
@@ -164,7 +183,7 @@ def test_the_feature_weight_adds_smooth_l1_to_the_targets_own_state_of_the_predi
     target = tiny_target()
     head = tiny_head(target, VOCAB)
     ids, mask = torch.arange(3, 13)[None], torch.ones(1, 10, dtype=torch.bool)
-    settings = {"steps": 1, "objective": forward_kl}
+    settings = {"scale": torch.ones(1), "objective": forward_kl}
     plain = unroll(head, target, ids, mask, **settings)
     both = unroll(head, target, ids, mask, feature_weight=2.0, **settings)
     aim = target.model.base_model(input_ids=ids).last_hidden_state[
@@ -186,7 +205,7 @@ def test_every_objective_is_summed_over_the_rows_that_count(name):
     head = tiny_head(target)
     ids = torch.randint(3, VOCAB, (12,), generator=torch.Generator().manual_seed(5))
     mask = torch.tensor([0, 0, 0, 1, 1, 1, 1, 0, 0, 1, 1, 1]).bool()
-    out = unroll(head, target, ids[None], mask[None], steps=2, objective=OBJECTIVES[name])
+    out = unroll(head, target, ids[None], mask[None], scale=torch.ones(2), objective=OBJECTIVES[name])
     with torch.no_grad():
         losses = naive(head, target, ids, mask, 2, OBJECTIVES[name])[0]
     torch.testing.assert_close(out.loss.detach(), losses, rtol=1e-4, atol=1e-4)

@@ -31,7 +31,7 @@ class Metrics:
 
     def add(self, out: Unrolled, weights: Tensor) -> None:
         """Add a micro-batch; `weights` are its unroll steps', [K] or fewer: what was not unrolled counts as a miss."""
-        pair = torch.stack([(out.loss.detach() * weights).sum(), (out.rows * weights).sum()])
+        pair = torch.stack([(out.loss * weights).sum(), (out.rows * weights).sum()])
         self.loss += pair.cpu()
         self.hits[: len(out.hits)] += out.hits.cpu()
         self.tried += out.tried.cpu()

@@ -1,0 +1,88 @@
+"""A forward of the target as transformers runs it, with packed weights, and with attention by blocks as well.
+
+python benchmarks/forward.py
+"""
+
+from __future__ import annotations
+
+import time
+from contextlib import ExitStack, nullcontext
+from typing import TYPE_CHECKING
+from unittest.mock import patch
+
+import torch
+from jsonargparse import auto_cli
+
+from slipstream.decode.cache import TreeCache, causal
+from slipstream.distill import blocks
+from slipstream.distill.packing import Packing
+from slipstream.distill.target import load_target
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from slipstream.distill.target import Target
+
+
+def _behind(target: Target, context: int) -> Callable[[int], None]:
+    """A forward of some tokens behind a context."""
+    cache = TreeCache(target.config.num_hidden_layers)
+    target.forward(torch.zeros(1, context, dtype=torch.long), cache=cache)
+    cache.commit_first([context])
+
+    def forward(tokens: int) -> None:
+        ids = torch.randint(0, target.vocab_size, (1, tokens))
+        visible, positions = cache.visible(causal(tokens, 1, ids.device), tokens), torch.arange(tokens)[None] + context
+        target.forward(ids, position_ids=positions, visible=visible, cache=cache)
+        cache.rollback()
+
+    return forward
+
+
+def _seconds(forward: Callable[[int], object], tokens: int, *, stock: bool) -> float:
+    with ExitStack() as stack:
+        if stock:
+            stack.enter_context(patch.object(blocks, "used", nullcontext))
+        begun = time.perf_counter()
+        forward(tokens)
+        return time.perf_counter() - begun
+
+
+def _row(label: str, contenders: list[tuple[Callable[[int], object], bool]], tokens: int, repeats: int) -> None:
+    """Medians and middle halves in ms, and how often the last fits into the others; the contenders take turns."""
+    rounds = [[_seconds(run, tokens, stock=stock) for run, stock in contenders] for _ in range(repeats + 2)]
+    times = 1000 * torch.tensor(rounds[2:])
+    quarters = times.quantile(torch.tensor([0.25, 0.5, 0.75]), dim=0).T.tolist()
+    cells = [f"{middle:.1f} [{low:.1f}, {high:.1f}]" for low, middle, high in quarters]
+    ratios = [f"{float(ratio):.2f}" for ratio in (times[:, :-1] / times[:, -1:]).median(0).values]
+    print(f"| {label} | {' | '.join(cells + ratios)} |", flush=True)
+
+
+@torch.inference_mode()
+def main(target: str = "smollm2-135m-instruct", contexts: list[int] = [64, 256], repeats: int = 15) -> None:  # noqa: B006
+    """Print Markdown tables of milliseconds: median and, in brackets, the middle half.
+
+    Args:
+        target: The target model, in bf16.
+        contexts: Tokens before those of the forward.
+        repeats: Forwards of each kind.
+    """
+    plain, packed = load_target(target), load_target(target)
+    plain._packing = Packing()  # nothing packed
+    for context in contexts:
+        print(f"\n| tokens behind {context} | stock | packed | packed, blocks | over stock | over packed |")
+        print("|--:|--:|--:|--:|--:|--:|")
+        before, ours = _behind(plain, context), _behind(packed, context)
+        for tokens in (1, 4, 8, 16, 24, 32, 64):
+            _row(str(tokens), [(before, True), (ours, True), (ours, False)], tokens, repeats)
+    print("\n| whole texts for training | stock | blocks | over stock |\n|--:|--:|--:|--:|")
+    for batch, length in ((2, 512), (1, 1024), (1, 2048)):
+
+        def capture(_: int, size: tuple[int, int] = (batch, length)) -> object:
+            return plain.capture(torch.randint(0, plain.vocab_size, size))
+
+        _row(f"{batch} x {length}", [(capture, True), (capture, False)], length, max(3, repeats // 3))
+
+
+if __name__ == "__main__":
+    auto_cli(main, as_positional=False)

@@ -1,0 +1,93 @@
+"""Attention by plain matrix products, one block of queries at a time: what a target on a CPU runs through here.
+
+torch's own kernel for the CPU takes two to three times as long in bf16, for whole texts and for a few tokens behind a
+context alike (benchmarks/forward.py). Nothing [L, L] is ever held.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+BLOCK = 64
+"""Queries of a block; its scores stay in a core's cache."""
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, *, causal: bool) -> Tensor:
+    """Attention with the softmax in fp32.
+
+    Args:
+        query: [B, heads, Q, d].
+        key: [B, groups, K, d]; each serves heads / groups heads in a row.
+        value: [B, groups, K, dv].
+        mask: What to add to the scores, or bool, which keys count; broadcasts to [B, heads, Q, K].
+        scale: Of the scores.
+        causal: Query i sees the keys 0 .. i only.
+
+    Returns:
+        [B, heads, Q, dv].
+    """
+    batch, heads, length, _ = query.shape
+    groups = key.shape[1]
+    out = query.new_empty(batch, heads, length, value.shape[-1])
+    query, key = query * scale, key.transpose(-1, -2)
+    for start in range(0, length, BLOCK):
+        stop = min(start + BLOCK, length)
+        seen = stop if causal else key.shape[-1]
+        block = query[:, :, start:stop].reshape(batch, groups, -1, query.shape[-1])
+        flat = block @ key[..., :seen]  # [B, groups, heads of a group x block, seen]
+        scores = flat.float().view(batch, heads, stop - start, seen)
+        if causal:
+            future = torch.ones(stop - start, stop - start, dtype=torch.bool, device=query.device).triu(1)
+            scores[..., start:].masked_fill_(future, float("-inf"))
+        if mask is not None:
+            part = mask if mask.shape[-2] == 1 else mask[..., start:stop, :]
+            if part.dtype == torch.bool:
+                scores.masked_fill_(~part, torch.finfo(scores.dtype).min)
+            else:
+                scores += part
+        weights = torch.softmax(scores, -1).to(value.dtype).view_as(flat)
+        out[:, :, start:stop] = (weights @ value[:, :, :seen]).view(batch, heads, stop - start, -1)
+    return out
+
+
+def _attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """As transformers' `sdpa_attention_forward`, which takes what is not for us."""
+    special = kwargs.get("position_bias") is not None or kwargs.get("cache") is not None
+    if query.device.type != "cpu" or dropout or special or kwargs.get("softcap") is not None:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout, scaling, is_causal=is_causal, **kwargs
+        )
+    if is_causal is None:
+        is_causal = getattr(module, "is_causal", True)
+    causal = bool(is_causal) and attention_mask is None and query.shape[2] > 1
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return attend(query, key, value, attention_mask, scale, causal=causal).transpose(1, 2).contiguous(), None
+
+
+@contextmanager
+def used() -> Iterator[None]:
+    """Let a model of transformers whose attention is `sdpa` run through this, within a block."""
+    ALL_ATTENTION_FUNCTIONS["sdpa"] = _attention
+    try:
+        yield
+    finally:
+        del ALL_ATTENTION_FUNCTIONS["sdpa"]
