@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from slipstream.decode.evaluate import Record
 
-GUARDS = ("per_round=1", "per_request=5", "per_request=20", "regret=2", "regret=8")
+GUARDS = ["per_round=1", "per_request=5", "per_request=20", "regret=2", "regret=8"]
 
 
 def distinct(tokens: Sequence[int], n: int) -> float:
@@ -41,20 +41,19 @@ def halves(records: Sequence[Record], tokens: int) -> tuple[float, float]:
 def main(
     tokens: int = 512,
     rule: str = "mars:margin=1",
-    guards: list[str] = list(GUARDS),  # noqa: B006 (jsonargparse copies defaults)
+    guards: list[str] = GUARDS,
     **settings: Any,
 ) -> None:
     """Print two Markdown tables: speed and regret, and what became of the answers.
 
     Args:
         tokens: New tokens an answer.
-        rule: The relaxed rule without guards.
+        rule: The relaxed rule with its threshold, without guards.
         guards: Each added to the rule.
         **settings: Of `Study`.
     """
     study = Study(tokens=tokens, **settings)
-    joint = "," if ":" in rule else ":"
-    rules = {"exact": "exact", "no guard": rule} | {guard: f"{rule}{joint}{guard}" for guard in guards}
+    rules = {"exact": "exact", "no guard": rule} | {guard: f"{rule},{guard}" for guard in guards}
     for text in rules.values():
         Verifier.of(text)  # or an error, before the model is loaded
     answers = study.answers({name: (study.decoder, text) for name, text in rules.items()})

@@ -4,7 +4,7 @@
         --prompts "[mt_bench.jsonl, alpaca.jsonl, gsm8k.jsonl, humaneval.jsonl]"
 
 40 prompts of 64 tokens take some 9 minutes at 60 tokens/s. Schedules learn from round to round: give them longer answers
-too (`--tokens 256`, four times as long).
+too (`--tokens 256`, four times as long). `cost` drafts no copies, whatever the tree has.
 """
 
 from __future__ import annotations

@@ -46,7 +46,7 @@ class Study:
         tokens: New tokens an answer.
         dtype: Of target and head.
         device: `cpu` or `cuda`.
-        seed: Of the draws; the i-th prompt draws from seed + i.
+        seed: Of the draws; the i-th prompt, in the order of answering, draws from seed + i.
     """
 
     draft: str

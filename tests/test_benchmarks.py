@@ -181,7 +181,7 @@ def test_signals_at_equal_regret(command, tmp_path):
     assert regrets == sorted(set(regrets))
     at = {(line["T"], line["regret (nats/token)"], line["signal"]): line for line in equal}
     assert at["0", "0.01", "margin"]["tau"] == at["0", "0.01", "odds"]["tau"]
-    assert at["0", "0.01", "ratio"]["above ratio"] == "0.000 [0.000, 0.000]"
+    assert at["0", "0.01", "ratio"]["above the first"] == "0.000 [0.000, 0.000]"
     assert at["0", "9", "margin"]["tau"] == "–"  # so much regret was never reached
     before = trace.read_bytes()
     assert command("signals", *options) == [lines, equal]
