@@ -1,6 +1,6 @@
 """Decoding on the same prompts in one run: transformers' generate and prompt look-up against ours, eager and compiled.
 
-python benchmarks/decode.py --draft runs/quickstart/draft --prompts A.jsonl B.jsonl --limit 6
+python benchmarks/decode.py --draft runs/quickstart/draft --prompts "[A.jsonl, B.jsonl]" --limit 6
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jsonargparse import auto_cli
+from study import first_turns, run, table
 
 import slipstream
 from slipstream.configs.files import write_atomic
@@ -24,7 +24,6 @@ from slipstream.decode.evaluate import Record, answer, interval
 from slipstream.decode.figures import interval_text
 from slipstream.decode.policy import Policy
 from slipstream.decode.speculation import Speculation
-from slipstream.decode.tasks import read_prompts
 from slipstream.decode.tree import TreeShape
 from slipstream.distill.target import Target
 
@@ -45,17 +44,21 @@ def _look_up(target: Target, row: dict[str, Any], max_new_tokens: int) -> Record
     return Record("all", len(tokens), time.perf_counter() - begun, outputs=[tokens])
 
 
-def _line(name: str, base: list[Record], undrafted: list[Record], records: list[Record]) -> str:
+def _line(name: str, base: list[Record], undrafted: list[Record], records: list[Record]) -> list[str]:
     tokens, seconds = sum(r.tokens for r in records), sum(r.seconds for r in records)
     lengths = [n for r in records for n in r.accept_lengths]
     speed, span = interval(base, records, 0)
     target, draft = (sum(getattr(r, f"{who}_seconds") for r in records) / seconds for who in ("target", "draft"))
     split = f"{target:.0%} / {draft:.0%} / {1 - target - draft:.1%}" if target else "-"
-    return (
-        f"| {name} | {tokens / seconds:.1f} | {speed:.2f} [{interval_text(span)}] | "
-        f"{interval(undrafted, records, 0)[0]:.2f} | {np.mean(lengths) if lengths else 1.0:.2f} | "
-        f"{sum(r.regret for r in records) / tokens:.4f} | {split} |"
-    )
+    return [
+        name,
+        f"{tokens / seconds:.1f}",
+        f"{speed:.2f} [{interval_text(span)}]",
+        f"{interval(undrafted, records, 0)[0]:.2f}",
+        f"{np.mean(lengths) if lengths else 1.0:.2f}",
+        f"{sum(r.regret for r in records) / tokens:.4f}",
+        split,
+    ]
 
 
 def main(
@@ -86,7 +89,7 @@ def main(
     """
     eager = slipstream.load(target, draft, dtype=dtype, device=device)
     model, drafter, policy = eager.target, eager.drafter, eager.policy
-    rows = [{**row, "turns": row["turns"][:1]} for file in prompts or [None] for row in read_prompts(file, limit)]
+    rows = first_turns(prompts, limit)
     chain = replace(policy, tree=TreeShape.chain(10))
     alone = replace(policy, tree=replace(policy.tree, copied=0))
     cost = replace(policy, tree=TreeShape(4, 4, 16), speculation=Speculation("cost"))
@@ -112,30 +115,38 @@ def main(
             larger: Policy = replace(policy, tree=TreeShape(4, 4, size))
             contenders.append((f"compiled, head, exact, {size} nodes", Decoder(static, drafter, larger), "exact"))
 
-    def run(decoder: Decoder | None, rule: str, row: dict[str, Any], tokens: int) -> Record:
+    def answered(decoder: Decoder | None, rule: str, row: dict[str, Any], tokens: int) -> Record:
         return _look_up(model, row, tokens) if decoder is None else answer(decoder, rule, row, max_new_tokens=tokens)
 
     records: list[list[Record]] = [[] for _ in contenders]
     with progress("warm up", len(contenders), "contenders") as advance:
         for _, decoder, rule in contenders:
-            run(decoder, rule, rows[0], 8)
+            answered(decoder, rule, rows[0], 8)
             advance()
     with progress("decode", len(rows) * len(contenders), "answers") as advance:
         for row in rows:  # all contenders answer a prompt before the next one comes, so that drift hits them alike
             for place, (_, decoder, rule) in zip(records, contenders, strict=True):
-                place.append(run(decoder, rule, row, max_new_tokens))
+                place.append(answered(decoder, rule, row, max_new_tokens))
                 advance()
-    heading = "| | tokens/s | over generate (95 %) | over no draft, same mode | tau | regret | target / draft / rest |"
-    lines = [heading, "|---|---|---|---|---|---|---|"]
+    columns = [
+        "",
+        "tokens/s",
+        "over generate (95 %)",
+        "over no draft, same mode",
+        "tau",
+        "regret",
+        "target / draft / rest",
+    ]
+    lines = []
     names = [name for name, _, _ in contenders]
     for name, group in zip(names, records, strict=True):
         undrafted = "compiled, no draft" if name.startswith("compiled") else "ours, no draft"
         lines.append(_line(name, records[0], records[names.index(undrafted)], group))
-    table = "\n".join(lines)
-    print(table)
+    text = table(columns, lines)
+    print(text)
     if out is not None:
-        write_atomic(out, table + "\n")
+        write_atomic(out, text + "\n")
 
 
 if __name__ == "__main__":
-    auto_cli(main, as_positional=False)
+    run(main)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jsonargparse import auto_cli
+from study import first_turns, resamples, run, sums, table
 
 from slipstream.configs.files import write_atomic
 from slipstream.configs.progress import progress
@@ -26,7 +26,6 @@ from slipstream.decode.drafters import HeadDrafter
 from slipstream.decode.engine import Decoder
 from slipstream.decode.evaluate import answer_batch
 from slipstream.decode.policy import Policy
-from slipstream.decode.tasks import read_prompts
 from slipstream.decode.tree import TreeShape
 from slipstream.decode.verify import Verifier
 from slipstream.distill.features import OnlineFeatures
@@ -82,7 +81,7 @@ def trained(
 def measured(
     folder: Path, target: Target, cases: dict[str, tuple[Verifier, float]], rows: list[dict[str, Any]], tokens: int
 ) -> dict[str, list[list[float]]]:
-    """Emitted tokens, rounds, regret and tokens of each prompt, by rule and temperature."""
+    """The first four of `sums` of each prompt, by rule and temperature."""
     place = folder / f"measured-{len(rows)}-{tokens}.json"
     if not place.is_file():
         head = load_head(folder / "draft", dtype=target.dtype)
@@ -91,11 +90,10 @@ def measured(
         with progress(f"decode with {folder.name}", len(cases) * len(rows), "answers") as advance:
             for name, (rule, temperature) in cases.items():
                 for group in (rows[i : i + BATCH] for i in range(0, len(rows), BATCH)):
-                    for record in answer_batch(
+                    records = answer_batch(
                         decoder, rule, group, max_new_tokens=tokens, temperature=temperature, seed=len(got[name])
-                    ):
-                        lengths = record.accept_lengths
-                        got[name].append([sum(lengths), len(lengths), record.regret, record.tokens])
+                    )
+                    got[name] += sums(records)[:, :4].tolist()
                     advance(len(group))
         write_atomic(place, json.dumps(got))
     return dict(json.loads(place.read_text()))
@@ -103,7 +101,7 @@ def measured(
 
 def difference(ours: np.ndarray, base: np.ndarray) -> tuple[float, float, float]:
     """Acceptance length above another's, and its 95 % interval; [prompts, seeds, 4] each."""
-    picks = np.random.default_rng(0).integers(len(ours), size=(2000, len(ours)))
+    picks = resamples(len(ours))
 
     def tau(x: np.ndarray) -> np.ndarray:
         return x[..., 0].sum(-1) / x[..., 1].sum(-1)
@@ -145,7 +143,7 @@ def main(
         "exact, T=1": (Verifier(), 1.0),
         f"{relaxed.label}, T=1": (relaxed, 1.0),
     }
-    rows = [{**row, "turns": row["turns"][:1]} for file in prompts or [None] for row in read_prompts(file, limit)]
+    rows = first_turns(prompts, limit)
     target = load_target("smollm2-135m-instruct")
     kept: dict[tuple[int, ...], dict[int, Captured]] = {}
     results: dict[str, list[dict[str, list[list[float]]]]] = {}
@@ -155,21 +153,22 @@ def main(
         memory = kept.setdefault(tuple(reading.layer_ids), {})
         folders = [trained(name, seed, reading, steps, batches, margin, out, memory) for seed in seeds]
         results[name] = [measured(folder, reading, cases, rows, tokens) for folder in folders]
-    print("| decoding | variant | acceptance length | by seed | over the first (95 %) | regret (nats/token) |")
-    print("|---|---|--:|---|--:|--:|")
+    lines = []
     for case in cases:
         for name in variants:
             mine, first = (
                 np.array([run[case] for run in results[which]]).swapaxes(0, 1) for which in (name, variants[0])
             )
             value, low, high = difference(mine, first)
-            sums = mine.sum((0, 1))
+            total = mine.sum((0, 1))
             alone = ", ".join(f"{taken / rounds:.3f}" for taken, rounds in mine.sum(0)[:, :2])
-            print(
-                f"| {case} | {name} | {sums[0] / sums[1]:.3f} | {alone} | {value:+.3f} [{low:+.3f}, {high:+.3f}] "
-                f"| {sums[2] / sums[3]:.4f} |"
+            change = f"{value:+.3f} [{low:+.3f}, {high:+.3f}]"
+            lines.append(
+                [case, name, f"{total[0] / total[1]:.3f}", alone, change, f"{total[2] / total[3]:.4f}"],
             )
+    columns = ["decoding", "variant", "acceptance length", "by seed", "over the first (95 %)", "regret (nats/token)"]
+    print(table(columns, lines, left=2))
 
 
 if __name__ == "__main__":
-    auto_cli(main, as_positional=False)
+    run(main)

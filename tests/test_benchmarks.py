@@ -1,0 +1,251 @@
+"""The studies in benchmarks/, each by its command on a tiny target: what must hold whatever the figures are."""
+
+from __future__ import annotations
+
+import math
+import re
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import save_llama
+from test_tasks import write
+from tiny import tiny_head
+
+import slipstream
+from slipstream.decode import plan
+from slipstream.decode.evaluate import Record
+from slipstream.decode.policy import Policy
+from slipstream.decode.speculation import SCHEDULES
+from slipstream.decode.tree import TreeShape, make_tree
+from slipstream.decode.verify import Token, Verifier
+
+ROOT = Path(__file__).parent.parent
+STUDIES = ("study", "defaults", "guards", "policies", "released", "signals")
+TALKS = [
+    {"question_id": 1, "category": "writing", "turns": ["Hi", "hello"], "reference": ["Yo", "Yo"]},
+    {"question_id": 2, "category": "math", "turns": ["Yo user"], "reference": ["#### 2"]},
+    {"question_id": 3, "category": "writing", "turns": ["Hi Yo hello"]},
+]
+NEUTRAL = Policy(tree=TreeShape(2, 2, 5), relaxed=Verifier("mars", "margin", 0.0))
+
+
+@pytest.fixture(scope="module")
+def studies():
+    """The scripts by name; they import each other as they do when they are run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(ROOT / "benchmarks")
+        yield {name: import_module(name) for name in STUDIES}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory, tiny_tokenizer) -> dict[str, str]:
+    """A target sure enough of its text, a neutral head, a model that thinks nearly as the target does, and prompts."""
+    place = tmp_path_factory.mktemp("studies")
+    save_llama(place / "target", tiny_tokenizer, initializer_range=0.3)
+    target = slipstream.load_target(str(place / "target"), dtype=torch.float32)
+    slipstream.save_head(tiny_head(target, target.vocab_size), place / "head", {})
+    NEUTRAL.save(place / "head")
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for weights in target.model.parameters():
+            noise = torch.randn(weights.shape, generator=generator)
+            weights += 0.06 * noise * (weights.std() if weights.ndim > 1 else 0.0)
+    target.model.save_pretrained(place / "model")
+    tiny_tokenizer.save_pretrained(place / "model")
+    prompts = str(write(place, *TALKS, name="talks"))
+    return {
+        "target": str(place / "target"),
+        "head": str(place / "head"),
+        "model": str(place / "model"),
+        "prompts": prompts,
+    }
+
+
+@pytest.fixture
+def command(studies, folders, tmp_path, monkeypatch, capsys):
+    """Runs a study by its command line; its tables, each the lines by what they begin with."""
+
+    def run(name, *options, draft="model", tokens=24):
+        shared = [
+            "--draft",
+            folders[draft],
+            "--target",
+            folders["target"],
+            "--dtype",
+            "float32",
+            "--out",
+            str(tmp_path),
+        ]
+        shared += ["--prompts", f"[{folders['prompts']}]", "--tokens", str(tokens)]
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *shared, *options])
+        studies["study"].run(studies[name].main)
+        printed = capsys.readouterr().out
+        assert (tmp_path / "table.md").read_text() == printed
+        return [_parsed(text) for text in printed.split("\n\n") if text.startswith("|")]
+
+    return run
+
+
+def _parsed(text: str) -> list[dict[str, str]]:
+    names, _, *lines = ([cell.strip() for cell in line.split("|")[1:-1]] for line in text.strip().splitlines())
+    return [dict(zip(names, line, strict=True)) for line in lines]
+
+
+def _number(cell: str) -> float:
+    return float(re.split(r"[ %]", cell)[0])
+
+
+def test_neutral_settings_cost_nothing_and_answers_are_kept(command, studies, monkeypatch):
+    (lines,) = command("defaults", draft="head", tokens=12)
+    by_name = {line[""]: line for line in lines}
+    assert _number(by_name["tuned, mars"]["regret (nats/token)"]) == 0
+    assert by_name["tuned, mars"]["tau"] == by_name["tuned, exact"]["tau"]
+    assert lines[0]["over paper's tree, mars ratio 0.9 (95 %)"] == "1.00 [1.00, 1.00]"
+    with monkeypatch.context() as patch:
+        patch.setattr(plan, "answer_batch", None)  # nothing is answered again
+        assert command("defaults", draft="head", tokens=12) == [lines]
+    with pytest.raises(SystemExit, match=r"defaults\.py: .*made with tokens=12, not 13"):
+        command("defaults", draft="head", tokens=13)
+
+
+def test_relaxed_tokens_and_regret_grow_with_what_guards_allow(command):
+    guards = ["per_request=0", "per_request=1", "per_request=2", "regret=0.3"]
+    costs, texts = command("guards", "--guards", str(guards).replace("'", ""))
+    assert [line["mars:margin=1 with"] for line in costs] == ["exact", "no guard", *guards]
+    costs, texts = ({line["mars:margin=1 with"]: line for line in lines} for lines in (costs, texts))
+    assert costs["per_request=0"]["tau"] == costs["exact"]["tau"]
+    for lines in (costs, texts):  # but for what the clock says
+        strict, closed = (list(lines[name].values()) for name in ("exact", "per_request=0"))
+        assert strict[-5:] == closed[-5:]
+    shares = [
+        _number(costs[name]["relaxed"]) for name in ("per_request=0", "per_request=1", "per_request=2", "no guard")
+    ]
+    assert shares == sorted(shares)
+    assert shares[0] < shares[1] < shares[2]
+    assert _number(costs["regret=0.3"]["largest"]) <= 0.3 < _number(costs["no guard"]["largest"])
+    assert texts["exact"]["agreement with exact"].startswith("1.000")
+    assert _number(texts["no guard"]["agreement with exact"]) < 1
+
+
+def test_a_guard_that_is_none_ends_the_command_with_one_line(command):
+    with pytest.raises(SystemExit, match=r"guards\.py: unknown setting 'regrett' .*did you mean 'regret'"):
+        command("guards", "--guards", "[regrett=2]")
+
+
+def test_repetition_and_the_regret_of_halves_are_counted(studies):
+    distinct, halves = studies["guards"].distinct, studies["guards"].halves
+    assert distinct([1, 2, 1, 2, 1], 2) == 0.5  # 12 21 12 21
+    assert distinct([1, 2, 3], 4) == 1
+    tagged = [Token(1, "relaxed", 0.5, 0.4), Token(2, "exact"), Token(3, "bonus"), Token(4, "relaxed", 0.5, 0.2)]
+    record = Record("all", tokens=4, tagged=tagged)
+    assert halves([record], 4) == pytest.approx((0.2, 0.1))
+    assert halves([record], 100) == pytest.approx((0.15, 0.0))
+
+
+def test_every_schedule_is_compared_with_the_fixed_tree(command, studies):
+    over_all, by_task = command("policies", "--tree.nodes", "10", tokens=12)
+    assert [line["exact"] for line in over_all] == [
+        f"{tree}, {schedule}" for tree in ("tuned tree", "10 nodes") for schedule in SCHEDULES
+    ]
+    first = by_task[0]
+    assert list(first) == ["exact, over tuned tree, fixed", "all (3)", "writing (2)", "math (1)"]
+    assert {cell.split()[0] for cell in list(first.values())[1:]} == {"1.00"}
+    assert all(_number(line["tau"]) >= 1 for line in over_all)
+
+
+def test_signals_at_equal_regret(command, tmp_path):
+    margins = [0.0, 0.5, 1.0]
+    swept = {"ratio": [1.0, 0.9], "margin": margins, "odds": [math.exp(-m) for m in margins]}
+    sampled = {"ratio": [1.0], "margin": [0.0, 2.0]}
+    options = ["--swept", str(swept), "--sampled", str(sampled), "--levels", "[0.01, 9]"]
+    lines, equal = command("signals", *options)
+    (trace,) = tmp_path.glob("*.arrow")
+    greedy = {name: [x for x in lines if x["T"] == "0" and x["signal"] == name] for name in ("exact", *swept)}
+    sampled_lines = [line for line in lines if line["T"] == "1"]
+    for neutral in (greedy["ratio"][0], greedy["margin"][0], greedy["odds"][0]):
+        assert (neutral["fires at"], neutral["tau"]) == ("0%", greedy["exact"][0]["tau"])
+    closed, also_closed = (list(line.values())[3:] for line in sampled_lines[1:3])  # neutral rules draw the same
+    assert closed == also_closed
+    assert _number(sampled_lines[1]["relaxed"]) == 0 < _number(sampled_lines[3]["relaxed"])
+    for line, other in zip(greedy["margin"], greedy["odds"], strict=True):  # greedily the same rule
+        assert list(line.values())[3:] == list(other.values())[3:]
+    fires, taus, regrets = (
+        [_number(line[name]) for line in greedy["margin"]] for name in ("fires at", "tau", "regret (nats/token)")
+    )
+    assert fires == sorted(set(fires))
+    assert taus == sorted(set(taus))
+    assert regrets == sorted(set(regrets))
+    at = {(line["T"], line["regret (nats/token)"], line["signal"]): line for line in equal}
+    assert at["0", "0.01", "margin"]["tau"] == at["0", "0.01", "odds"]["tau"]
+    assert at["0", "0.01", "ratio"]["above the first"] == "0.000 [0.000, 0.000]"
+    assert at["0", "9", "margin"]["tau"] == "–"  # so much regret was never reached
+    before = trace.read_bytes()
+    assert command("signals", *options) == [lines, equal]
+    assert trace.read_bytes() == before
+
+
+def test_a_level_of_regret_lies_between_two_thresholds(studies):
+    prompt = np.array([[10.0, 10, 0, 10, 0], [14, 10, 0.2, 10, 1], [12, 10, 0.1, 10, 1]])  # tau 1, 1.4, 1.2
+    curve = np.repeat(prompt[:, None], 3, axis=1)
+    assert studies["signals"].at_levels(prompt, (0.005, 0.015)) == pytest.approx([1.1, 1.3])
+    (tau, above), beyond = studies["signals"].equal_regret({"a": curve, "b": curve}, (0.015, 0.05))["b"]
+    assert (tau[0], tau[1], above[0]) == (pytest.approx(1.3), pytest.approx([1.3, 1.3]), 0)
+    assert math.isnan(beyond[0][0])
+    assert beyond[0][1] is None
+
+
+CHILD = torch.tensor([[0, 2]])
+
+
+def _law(studies, rule, *, draft, draws=4000):
+    """The law at a root whose only draft is token 2, of probability `draft`; and p."""
+    tree = make_tree(CHILD, torch.zeros(1, 2, dtype=torch.long), torch.tensor([[0.0, math.log(draft)]]), 1)
+    z = torch.tensor([[[3.0, 2.2, 2.0, 1.0, -9.0], [0.0] * 5]])
+    generator = torch.Generator().manual_seed(0)
+    return studies["released"].law(Verifier.of(rule), tree, z, 4, draws, generator)
+
+
+@pytest.mark.parametrize(("draft", "lossless"), [(1.0, True), (0.4, False)])
+def test_the_released_rule_is_lossless_only_with_q_of_one(studies, draft, lossless):
+    found, p, passed = _law(studies, "released:lam=0", draft=draft)
+    assert p[4] == 0  # beyond the 4 likeliest
+    accepted = min(1.0, float(p[2]) / draft)
+    wanted = p * (1 - accepted) / (1 - p[2])
+    wanted[2] = accepted
+    assert found.numpy() == pytest.approx(wanted.numpy(), abs=0.03)
+    assert passed == pytest.approx(accepted, abs=0.03)
+    measured = studies["released"].distances(found, p, 4000)
+    assert measured["degrees"] == 3
+    assert measured["tv"] == pytest.approx(float((wanted - p).abs().sum() / 2), abs=0.03)
+    assert (measured["chi"] / measured["degrees"] < 4) is lossless
+
+
+def test_a_relaxation_of_the_released_code_skips_the_draw(studies):
+    found, _, passed = _law(studies, "released:ratio=0.6", draft=0.4)  # 2.2 / 3 fires; token 2 is third
+    assert passed == 0
+    assert found[2] > 0
+    found, _, passed = _law(studies, "released:ratio=0.9", draft=0.1)  # does not fire: p/q > 1
+    assert passed == 1
+    assert found[2] == 1
+
+
+def test_the_two_by_two(command, tmp_path):
+    laws, answers = command("released", "--draws", "200", "--count", "1", tokens=16)
+    assert [line["rule"] for line in laws] == [line["rule"] for line in answers]
+    by_name = {line["rule"]: {name: _number(cell) for name, cell in line.items() if name != "rule"} for line in laws}
+    lossless = [by_name[name] for name in ("exact", "q := 1, off")]
+    lossy = [values for values in by_name.values() if values not in lossless]
+    assert len(lossy) == 4
+    assert max(x["TV to p"] for x in lossless) < min(x["TV to p"] for x in lossy)
+    assert max(x["chi-square / degrees"] for x in lossless) < 2 < min(x["chi-square / degrees"] for x in lossy)
+    assert min(x["entropy (nats)"] for x in lossless) > max(x["entropy (nats)"] for x in lossy)
+    texts = {line["rule"]: line for line in answers}
+    assert {"rouge_l", "final_number"} < set(texts["exact"])  # of the prompts that have references
+    assert _number(texts["exact"]["relaxed"]) == _number(texts["released q, off"]["relaxed"]) == 0
+    assert _number(texts["released q, on"]["relaxed"]) > 0
+    assert _number(texts["released q, off"]["tau"]) > _number(texts["exact"]["tau"])
+    assert len((tmp_path / "laws.jsonl").read_text().splitlines()) == len(TALKS)
