@@ -78,7 +78,7 @@ def regret_by_length(records: Sequence[Record]) -> list[dict[str, float]] | None
 
     `mean` and `q90` (nats) are of the sum of the regrets of an answer's relaxed tokens so far. None where there are none.
     """
-    if not any(r.relaxed for r in records):
+    if not any(token.tag == "relaxed" for r in records for token in r.tagged):
         return None
     sums = [np.cumsum([token.regret if token.tag == "relaxed" else 0.0 for token in r.tagged]) for r in records]
     longest = max(map(len, sums))

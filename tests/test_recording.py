@@ -114,12 +114,6 @@ def test_a_replay_gives_the_accepted_lengths_that_results_have(run, decoders):
     assert relaxed > 0
 
 
-def test_a_trace_of_exact_rounds_replays_by_another_rule(run):
-    trace = Trace.open(run / "traces" / "heads%2Fone exact T=0 batch=2.arrow")
-    assert not any((rounds.tags == 1).any() for rounds in trace.rounds())
-    assert (replay(trace, slipstream.Verifier("mars", "margin", 3.0)).decision.tags == 1).any()
-
-
 class InterruptedRunError(Exception):
     pass
 
