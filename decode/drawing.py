@@ -56,7 +56,8 @@ def pooled(results: dict[str, Any]) -> list[Row]:
 
 def apart(results: dict[str, Any]) -> list[Row]:
     """The rows of single tasks where others pool them, those of one task together."""
-    rows = [row for row in results["rows"] if row not in pooled(results)]
+    together = pooled(results)
+    rows = [row for row in results["rows"] if row not in together]
     tasks = list(dict.fromkeys(row["task"] for row in rows))
     return sorted(rows, key=lambda row: tasks.index(row["task"]))
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 QUANTILES = (0.5, 0.9, 0.99, 1.0)
 _BINS = 8
+_NARROWEST = 0.01  # nats that the bins span at least
 _POINTS = 24
 
 
@@ -69,7 +70,7 @@ def relaxed_margins(records: Sequence[Record]) -> dict[str, list[float]] | None:
     margins = [token.margin for token in tokens if token.margin is not None]
     if not margins:
         return None
-    counts, edges = np.histogram(margins, _BINS, (0, max(margins) or 1))
+    counts, edges = np.histogram(margins, _BINS, (0, max(*margins, _NARROWEST)))
     return {"edges": [round(float(edge), 4) for edge in edges], "counts": counts.tolist()}
 
 

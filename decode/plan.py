@@ -173,6 +173,7 @@ def _watched(contender: Contender, path: Path | None) -> AbstractContextManager[
     """An observer that records a draft's rounds at `path`, or nobody."""
     if path is None or contender.draft is None:
         return nullcontext()
+    path.parent.mkdir(exist_ok=True)
     return record(path, contender.decoder, draft=contender.fingerprint)
 
 

@@ -116,8 +116,6 @@ def evaluate(decoders: Mapping[str, Decoder], rows: Sequence[Row], plan: Plan, o
         "prompts": _digest([[row["task"], row["turns"]] for row in rows]),
         **{k: v for k, v in json.loads(json.dumps(asdict(plan))).items() if k != "score"},
     }
-    if plan.trace:
-        (out / _PARTS).mkdir(exist_ok=True)
     records = measure(contenders, rows, plan, out / _JOURNAL, out / _PARTS, begun)
     groups = [group for groups in records.values() for group in groups]
     measure_likelihood(target, rows, groups)

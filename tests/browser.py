@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+import select
 import shutil
 import subprocess
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 _FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--remote-debugging-pipe")
+_PATIENCE = 60  # seconds
 
 
 class Browser:
@@ -88,6 +90,8 @@ class Browser:
     def _read(self) -> dict[str, Any]:
         """The next message; an event is kept, and one that complains noted."""
         while b"\0" not in self._rest:
+            ready, _, _ = select.select([self._answers], [], [], _PATIENCE)
+            assert ready, f"the browser was silent for {_PATIENCE} seconds"
             more = os.read(self._answers.fileno(), 1 << 16)
             assert more, "the browser has ended"
             self._rest += more

@@ -315,6 +315,7 @@ def test_a_rule_may_carry_its_settings(text, verifier):
         (("--batch_size", "2", "0"), "batch_size must be at least 1, not 0"),
         (("--temperature", "0", "-1"), "temperature must not be negative, but is -1"),
         (("--max_new_tokens", "0"), "max_new_tokens must be at least 1, not 0"),
+        (("--trace",), "--trace records rounds of drafts, and there is none; give --draft"),
         (("--score",), 'line.jsonl:1: no reference; --score needs "reference", one per turn'),
     ],
 )

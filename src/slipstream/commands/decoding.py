@@ -139,6 +139,8 @@ def evaluate(
     plan = Plan(tuple(rules), tuple(temperature), tuple(batch_size), max_new_tokens, seed, score, trace)
     if card and (len(draft) > 1 or not (Path(draft[0]) / "config.json").is_file()):
         raise SlipstreamError(f"--card needs one draft head's folder, which {' '.join(draft)} is not")
+    if trace and draft == ["none"]:
+        raise SlipstreamError("--trace records rounds of drafts, and there is none; give --draft")
     rows = read_tasks(prompts, limit)
     if score:
         require_references(rows)
