@@ -19,9 +19,9 @@ from slipstream.configs.files import write_atomic
 from slipstream.configs.progress import progress
 from slipstream.data.template import encode_prompt
 from slipstream.decode.drafters import NGramDrafter
+from slipstream.decode.drawing import interval_text
 from slipstream.decode.engine import Decoder
 from slipstream.decode.evaluate import Record, answer, interval
-from slipstream.decode.figures import interval_text
 from slipstream.decode.policy import Policy
 from slipstream.decode.speculation import Speculation
 from slipstream.decode.tree import TreeShape

@@ -347,13 +347,12 @@ class Decoder:
         stats.target_seconds += seen - clock
         if request.observer is not None:
             request.observer.round(batch.places, tree, logits, verdict, (0.0, seen - clock, 0.0))
-        first = True
+            begun, seen = begun + time.perf_counter() - seen, time.perf_counter()  # watching is not counted
         while True:
             cut = [_cut(request, batch, row, tokens) for row, tokens in enumerate(verdict.tokens)]
             new, ended = [tokens for tokens, _ in cut], [over for _, over in cut]
-            if not first:
+            if stats.nodes:  # not the prompts' own forward
                 stats.accept_lengths += map(len, new)
-            first = False
             batch.extend(new)
             stats.seconds = time.perf_counter() - begun
             yield from zip(batch.places, new, strict=True)
@@ -402,9 +401,10 @@ class Decoder:
             cache.commit(verdict.paths)
             controller.observe(tree, verdict.paths, drafted - clock, verified - drafted)
             if request.observer is not None:
-                times = (drafted - clock, verified - drafted, time.perf_counter() - seen - (verified - clock))
+                judged = time.perf_counter()
+                times = (drafted - clock, verified - drafted, judged - seen - (verified - clock))
                 request.observer.round(batch.places, tree, out.logits, verdict, times)
-                seen = time.perf_counter()
+                begun, seen = begun + time.perf_counter() - judged, time.perf_counter()
             features, fresh = _append(features, fresh, out.features, verdict.paths)
 
 

@@ -23,6 +23,7 @@ from slipstream.distill.unroll import unroll
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from slipstream.decode.recorder import Observer
     from slipstream.distill.draft import DraftHead
     from slipstream.distill.target import Target
 
@@ -146,10 +147,12 @@ def answer_batch(
     max_new_tokens: int,
     temperature: float = 0.0,
     seed: int = 0,
+    observer: Observer | None = None,
 ) -> list[Record]:
     """Answer all turns of several prompt rows together; each turn sees the rule's own answers to the turns before.
 
-    Row b draws from seed + b; rows with more turns should come first, for a row that has ended leaves its place.
+    Row b draws from seed + b; rows with more turns should come first, for a row that has ended leaves its place. The
+    observer is shown one call per turn; transformers' own `generate` has nothing to show.
     """
     target = decoder.target
     tokenizer = target.chat_tokenizer
@@ -174,6 +177,7 @@ def answer_batch(
                 temperature=temperature,
                 verify=verify,
                 seed=seed,
+                observer=observer,
             )
             tagged, outputs = out.rows, [[token.id for token in row] for row in out.rows]
             spent = Times(out.stats.seconds, out.stats.target_seconds, out.stats.draft_seconds)

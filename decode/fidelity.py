@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from slipstream.distill.target import Target
 
 QUANTILES = (0.5, 0.9, 0.99, 1.0)
+_BINS = 8
+_NARROWEST = 0.01  # nats that the bins span at least
+_POINTS = 24
 
 
 def common_prefix(first: Sequence[Sequence[int]], second: Sequence[Sequence[int]]) -> int:
@@ -59,6 +62,33 @@ def regret_quantiles(records: Sequence[Record]) -> dict[str, float] | None:
         return None
     values = np.quantile(regrets, QUANTILES)
     return {"max" if q == 1 else f"{q:g}": round(float(v), 4) for q, v in zip(QUANTILES, values, strict=True)}
+
+
+def relaxed_margins(records: Sequence[Record]) -> dict[str, list[float]] | None:
+    """Histogram of z1 - z2 at relaxed tokens, nats: `edges` of the bins and `counts` in them; None where there are none."""
+    tokens = [token for r in records for token in r.tagged if token.tag == "relaxed"]
+    margins = [token.margin for token in tokens if token.margin is not None]
+    if not margins:
+        return None
+    counts, edges = np.histogram(margins, _BINS, (0, max(*margins, _NARROWEST)))
+    return {"edges": [round(float(edge), 4) for edge in edges], "counts": counts.tolist()}
+
+
+def regret_by_length(records: Sequence[Record]) -> list[dict[str, float]] | None:
+    """How regret adds up along an output: up to so many `tokens` of it, over the `answers` that are at least so long.
+
+    `mean` and `q90` (nats) are of the sum of the regrets of an answer's relaxed tokens so far. None where there are none.
+    """
+    if not any(token.tag == "relaxed" for r in records for token in r.tagged):
+        return None
+    sums = [np.cumsum([token.regret if token.tag == "relaxed" else 0.0 for token in r.tagged]) for r in records]
+    longest = max(map(len, sums))
+    out = []
+    for tokens in np.unique(np.linspace(1, longest, _POINTS).round().astype(int)).tolist():
+        reached = [float(s[tokens - 1]) for s in sums if len(s) >= tokens]
+        mean, q90 = float(np.mean(reached)), float(np.quantile(reached, 0.9))
+        out.append({"tokens": tokens, "answers": len(reached), "mean": round(mean, 4), "q90": round(q90, 4)})
+    return out
 
 
 def measure_likelihood(target: Target, prompts: Sequence[dict[str, Any]], groups: Sequence[Sequence[Record]]) -> None:

@@ -1,112 +1,76 @@
-"""The report's figures, as inline SVG, and the words they share with its tables."""
+"""The report's figures, as inline SVG."""
 
 from __future__ import annotations
 
-import io
-import itertools
-import re
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from markupsafe import Markup, escape
+
+from slipstream.decode.drawing import (
+    COLOURS,
+    INK,
+    MARKERS,
+    STYLE,
+    apart,
+    bar_axes,
+    colours_of,
+    inline_svg,
+    interval_text,
+    kind_of,
+    lines_of,
+    new_figure,
+    panels,
+    pooled,
+    rule_name,
+    set_legend,
+    setting_of,
+)
+from slipstream.decode.fidelity_figures import plot_fidelity, plot_margins, plot_regret, plot_scores
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from markupsafe import Markup
 
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+    from slipstream.decode.drawing import Plot, Row
 
-    Row = dict[str, Any]
-    Plot = tuple[Figure, str]  # the figure, and the same in words
-    Line = tuple[int, str, Row | None]  # a bar's place, its name, and its row; a heading has none
-
-NAMES = {"autoregressive": "transformers", "engine": "engine", "exact": "exact", "mars": "MARS"}
-# Okabe and Ito's palette, told apart without colour vision; lines differ by marker too, bars by hatch.
-COLOURS = {"autoregressive": "#9aa0a8", "engine": "#6b7480", "exact": "#0072b2", "mars": "#d55e00"}
-SPARE_COLOURS = ("#009e73", "#cc79a7", "#e69f00", "#56b4e9")
-MARKERS = "osD^vP"
 TIME_PARTS = {"target": ("#0072b2", ""), "draft": ("#e69f00", "////"), "rest": ("#c3c7cc", "....")}
 # Each signal's axis label, and whether a rule on it relaxes above its threshold (else below).
 SIGNALS = {"ratio": ("ratio z2 / z1", True), "margin": ("margin z1 - z2 (nats)", False), "odds": ("odds p2 / p1", True)}
-WIDTH = 4.6  # inches: narrow, so that text stays legible when a phone scales the figure to 350 px
-INK = "#2a2f36"
-STYLE: dict[Any, Any] = {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "slipstream",  # the same results give the same bytes
-    "text.parse_math": False,
-    "font.family": ["DejaVu Sans"],
-    "font.size": 9,
-    "figure.constrained_layout.h_pad": 0.07,
-    "axes.titlesize": 9,
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": "#8a9099",
-    "axes.axisbelow": True,
-    "axes.grid": True,
-    "grid.color": "#e6e8eb",
-    "text.color": INK,
-    "legend.frameon": False,
-}
 
 
 def figures(results: dict[str, Any]) -> dict[str, Markup | None]:
     """Every figure as inline SVG, None where its data are absent."""
     import matplotlib  # an extra, as everywhere below
 
-    rows = pooled(results)
+    rows, tasks = pooled(results), apart(results)
     with matplotlib.rc_context(STYLE):
         plots: dict[str, Plot | None] = {
             "speedup": _plot_speedup(rows),
             "acceptance": _plot_acceptance(rows),
+            "by_task": _plot_acceptance(tasks),
             "time": _plot_time(rows),
             "frontier": _plot_frontier(results.get("frontier") or []),
+            "fidelity": plot_fidelity(rows),
+            "margins": plot_margins(rows),
+            "regret": plot_regret(rows),
+            "scores": plot_scores(tasks or rows),
             "training": _plot_training(results.get("training") or {}),
             "distributions": _plot_distributions(results.get("distributions") or {}, results.get("policy") or {}),
         }
-        return {name: None if plot is None else _svg(*plot, name) for name, plot in plots.items()}
-
-
-def pooled(results: dict[str, Any]) -> list[Row]:
-    """The rows over all categories (task `all`), or all rows where none pools them."""
-    return [row for row in results["rows"] if row["task"] == "all"] or results["rows"]
-
-
-def rule_name(row: Row) -> str:
-    """A rule as people read it, with the threshold of a relaxed one, and its draft and batch where they tell it apart."""
-    name, verifier, batch = str(NAMES.get(row["rule"], row["rule"])), row.get("verifier"), row.get("batch_size", 1)
-    threshold = f"{verifier['signal']} {verifier['threshold']:g}" if row["rule"] == "mars" and verifier else None
-    return ", ".join(filter(None, (name, threshold, row.get("draft"), f"batch {batch}" if batch > 1 else None)))
-
-
-def interval_text(bounds: Sequence[float] | None) -> str:
-    return f"{bounds[0]:.2f}–{bounds[1]:.2f}" if bounds else "–"
-
-
-def _svg(figure: Figure, label: str, name: str) -> Markup:
-    """A figure as an element for an HTML page: sized by its container, its ids and styles its own."""
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-    svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", buffer.getvalue(), flags=re.DOTALL)
-    (view, body), *_ = re.findall(r'<svg[^>]*(viewBox="[^"]+")[^>]*>(.*)', svg, flags=re.DOTALL)
-    body = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", body).replace("'DejaVu Sans'", "system-ui, sans-serif")
-    alternative = escape(label)
-    head = f'<svg {view} xmlns:xlink="http://www.w3.org/1999/xlink" role="img" aria-label="{alternative}">'
-    return Markup(f"{head}<title>{alternative}</title>{body}")
+        return {name: None if plot is None else inline_svg(*plot, name) for name, plot in plots.items()}
 
 
 def _plot_speedup(rows: list[Row]) -> Plot | None:
-    lines = _lines([row for row in rows if row["rule"] != "autoregressive"])
+    lines = lines_of([row for row in rows if row["rule"] != "autoregressive"])
     if not lines:
         return None
-    figure, axes = _bars(lines, "speed-up over transformers generate")
-    colours, reach, said = _colours(rows), 1.0, []
+    figure, axes = bar_axes(lines, "speed-up over transformers generate")
+    colours, reach, said = colours_of(rows), 1.0, []
     for place, _, row in lines:
         if row is None:
             continue
         speed, hatch = row["speedup"], "" if row["lossless"] else "////"
         low, high = row["speedup_ci95"] or (speed, speed)
-        axes.barh(place, speed, 0.62, color=colours[_kind(row)], alpha=0.85, hatch=hatch, edgecolor="white")
+        axes.barh(place, speed, 0.62, color=colours[kind_of(row)], alpha=0.85, hatch=hatch, edgecolor="white")
         axes.plot((low, high), (place, place), color=INK, marker="|", linewidth=1.2)
         axes.annotate(f"{speed:.2f}×", (max(high, speed), place), (6, 0), textcoords="offset points", va="center")
         reach = max(reach, speed, high)
@@ -122,37 +86,27 @@ def _plot_acceptance(rows: list[Row]) -> Plot | None:
         return None
     from matplotlib.ticker import MaxNLocator
 
-    settings = list(dict.fromkeys(_setting(row) for row in rows))
-    across = min(len(settings), 2)
-    down = -(-len(settings) // across)
-    figure = _figure(0.6 + (2.4 if across == 1 else 1.6) * down)
-    grid = figure.subplots(down, across, sharex=True, sharey=True, squeeze=False)
-    colours, panels, said = _colours(rows), list(grid.flat), []
-    for axes, setting in zip(panels, settings, strict=False):
-        for row in (row for row in rows if _setting(row) == setting):
-            shares = row["acceptance_by_position"]
-            said.append(f"{row['task']} {rule_name(row)} " + ", ".join(f"{share:.0%}" for share in shares))
-            marker = MARKERS[list(colours).index(_kind(row)) % len(MARKERS)]
-            axes.plot(range(1, len(shares) + 1), shares, marker=marker, color=colours[_kind(row)], label=rule_name(row))
-        axes.set(title=setting if len(settings) > 1 else "", ylim=(0, 1.02))
-        axes.tick_params(labelbottom=True)
+    figure, settings = panels(rows)
+    colours, said = colours_of(rows), []
+    for row in rows:
+        shares, axes, kind = row["acceptance_by_position"], settings[setting_of(row)], kind_of(row)
+        marker = MARKERS[list(colours).index(kind) % len(MARKERS)]
+        axes.plot(range(1, len(shares) + 1), shares, marker=marker, color=colours[kind], label=rule_name(row))
+        said.append(f"{row['task']} {rule_name(row)} " + ", ".join(f"{share:.0%}" for share in shares))
+    for axes in settings.values():
+        axes.set_ylim(0, 1.02)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.yaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
-    for axes in panels[len(settings) :]:
-        axes.set_axis_off()
     figure.supxlabel("draft position", fontsize=9)
-    handles = {text: handle for axes in panels for handle, text in zip(*axes.get_legend_handles_labels(), strict=True)}
-    columns = 3 if max(map(len, handles)) <= 16 else 1
-    figure.set_figheight(figure.get_figheight() + 0.17 * max(0, -(-len(handles) // columns) - 2))
-    figure.legend(handles.values(), handles.keys(), loc="outside upper left", ncols=columns)
+    set_legend(figure)
     return figure, "Lines, acceptance at draft positions 1, 2, 3 and on: " + "; ".join(said)
 
 
 def _plot_time(rows: list[Row]) -> Plot | None:
-    lines = _lines([row for row in rows if row.get("time_split") and row["tokens"]])
+    lines = lines_of([row for row in rows if row.get("time_split") and row["tokens"]])
     if not lines:
         return None
-    figure, axes = _bars(lines, "milliseconds per token")
+    figure, axes = bar_axes(lines, "milliseconds per token")
     shown = [(place, row) for place, _, row in lines if row is not None]
     places, left = [place for place, _ in shown], np.zeros(len(shown))
     for part, (colour, hatch) in TIME_PARTS.items():
@@ -174,7 +128,7 @@ def _plot_frontier(points: list[Row]) -> Plot | None:
     if not points:
         return None
     points.sort(key=lambda point: (point["mean_regret_nats"], -point["tokens_per_second"]))
-    figure = _figure(3.2)
+    figure = new_figure(3.2)
     axes = figure.subplots()
     regrets = np.array([point["mean_regret_nats"] for point in points])
     rates = np.array([point["tokens_per_second"] for point in points])
@@ -204,7 +158,7 @@ def _plot_training(training: Row) -> Plot | None:
     curve = training.get("curve") or []
     if not curve:
         return None
-    figure = _figure(5.4)
+    figure = new_figure(5.4)
     top, middle, bottom = figure.subplots(3, 1, sharex=True)
     losses, simulated = _recorded(curve, "loss"), _recorded(curve, "simulated_acceptance_length")
     top.plot(*losses, color=COLOURS["engine"])
@@ -240,7 +194,7 @@ def _plot_distributions(distributions: Row, policy: Row) -> Plot | None:
     shown = {name: values for name, values in everything.items() if np.isfinite(values).any()}
     if not shown:
         return None
-    figure = _figure(0.2 + 1.55 * len(shown))
+    figure = new_figure(0.2 + 1.55 * len(shown))
     said = []
     for axes, (name, values) in zip(figure.subplots(len(shown), 1, squeeze=False).flat, shown.items(), strict=True):
         text, above = SIGNALS[name]
@@ -270,48 +224,3 @@ def _threshold(policy: Row, signal: str) -> float | None:
         return None
     used = verify.get("signal", verify.get("rule"))
     return float(verify["threshold"]) if signal == ("ratio" if used == "mars" else used) else None
-
-
-def _figure(height: float) -> Figure:
-    """An empty figure of the report's width; inches."""
-    from matplotlib.figure import Figure
-
-    return Figure((WIDTH, height), layout="constrained")
-
-
-def _bars(lines: list[Line], label: str) -> tuple[Figure, Axes]:
-    """A figure for horizontal bars, the first line on top."""
-    figure = _figure(0.9 + 0.34 * len(lines))
-    axes = figure.subplots()
-    axes.set_yticks([place for place, _, _ in lines], [text for _, text, _ in lines])
-    for tick, (_, _, row) in zip(axes.get_yticklabels(), lines, strict=True):
-        tick.set_fontweight("bold" if row is None else "normal")
-    axes.set(xlabel=label, ylim=(len(lines) - 0.5, -0.6))
-    axes.grid(False, axis="y")
-    axes.tick_params(axis="y", length=0)
-    return figure, axes
-
-
-def _lines(rows: list[Row]) -> list[Line]:
-    """Rows with their names, under a heading per task and temperature where there are several."""
-    settings = dict.fromkeys(_setting(row) for row in rows)
-    lines: list[tuple[str, Row | None]] = []
-    for setting in settings:
-        lines += [(setting, None)] if len(settings) > 1 else []
-        lines += [(rule_name(row), row) for row in rows if _setting(row) == setting]
-    return [(place, text, row) for place, (text, row) in enumerate(lines)]
-
-
-def _setting(row: Row) -> str:
-    return f"{row['task']}, T = {row['temperature']:g}"
-
-
-def _kind(row: Row) -> str:
-    """What has a colour of its own: a rule, and a rule with another draft or batch size."""
-    return str(row["rule"]) if not row.get("draft") and row.get("batch_size", 1) == 1 else rule_name(row)
-
-
-def _colours(rows: list[Row]) -> dict[str, str]:
-    """A colour per rule: a fixed one for the usual rules, spare ones in turn for the others."""
-    others = dict.fromkeys(_kind(row) for row in rows if _kind(row) not in COLOURS)
-    return COLOURS | dict(zip(others, itertools.cycle(SPARE_COLOURS), strict=False))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -10,13 +11,16 @@ from slipstream.configs.errors import SlipstreamError
 from slipstream.configs.progress import progress
 from slipstream.data.journal import Journal
 from slipstream.decode.evaluate import Record, answer_batch
+from slipstream.decode.recorder import record
 from slipstream.decode.verify import Verifier
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from contextlib import AbstractContextManager
     from pathlib import Path
 
     from slipstream.decode.engine import Decoder
+    from slipstream.decode.recorder import Recorder
 
     Row = dict[str, Any]
     Groups = list[list[Record]]  # by contender and prompt
@@ -35,6 +39,7 @@ class Plan:
         max_new_tokens: Per turn.
         seed: Of draws and intervals; prompt i, in the order of its batch, draws from seed + i.
         score: Whether the answers are scored.
+        trace: Whether every round of every draft is recorded.
     """
 
     rules: tuple[str, ...] = ("exact", "mars")
@@ -43,6 +48,7 @@ class Plan:
     max_new_tokens: int = 128
     seed: int = 0
     score: bool = False
+    trace: bool = False
 
     def __post_init__(self) -> None:
         for name in ("rules", "temperatures", "batch_sizes"):
@@ -72,54 +78,103 @@ class Setting(NamedTuple):
 
 
 class Contender(NamedTuple):
-    """A rule with the draft it judges; the baselines have none."""
+    """A rule with the draft it judges, and that draft's fingerprint; the baselines have none."""
 
     rule: str
     draft: str | None
     decoder: Decoder
+    fingerprint: str | None = None
+
+
+class _Unit(NamedTuple):
+    """What is measured at once: a batch of prompts, answered by one contender."""
+
+    setting: Setting
+    start: int  # place of its first prompt in the order of answering
+    batch: list[int]  # places of the prompts among the rows
+    who: int
 
 
 def measure(
-    contenders: Sequence[Contender], rows: Sequence[Row], plan: Plan, path: Path, begun: dict[str, Any]
+    contenders: Sequence[Contender], rows: Sequence[Row], plan: Plan, path: Path, parts: Path, begun: dict[str, Any]
 ) -> dict[Setting, Groups]:
     """Records by setting, contender and row; each batch of answers is journalled at `path` when it is there.
 
     All contenders answer a batch before the next one comes, so that drift hits them alike. What is resumed is warmed up
-    again.
+    again. A trace of each batch is in `parts` before its answers are in the journal.
     """
-    units = [
-        (setting, start, batch, who)
-        for setting in plan.settings
-        for start, batch in _batches(rows, setting.batch_size)
-        for who in range(len(contenders))
-    ]
+    units = _units(contenders, rows, plan)
     warm: set[tuple[Setting, int]] = set()
     with Journal(path, begun) as journal, progress("measure", len(units), "batches") as advance:
         advance(len(journal.units))
-        for unit, (setting, start, batch, who) in enumerate(units):
-            if unit in journal.units:
+        for number, (setting, start, batch, who) in enumerate(units):
+            if number in journal.units:
                 continue
-            rule, _, decoder = contenders[who]
-            asked, heat = [rows[i] for i in batch], setting.temperature
+            contender, heat = contenders[who], setting.temperature
+            rule, _, decoder, _ = contender
+            asked = [rows[i] for i in batch]
             if (setting, who) not in warm:  # not counted
                 opening = [{**row, "turns": row["turns"][:1]} for row in asked]
                 answer_batch(decoder, rule, opening, max_new_tokens=_WARM_UP_TOKENS, temperature=heat)
                 warm.add((setting, who))
-            answers = answer_batch(
-                decoder, rule, asked, max_new_tokens=plan.max_new_tokens, temperature=heat, seed=plan.seed + start
-            )
-            journal.append(unit, [asdict(record) for record in answers])
+            with _watched(contender, parts / f"{number}.arrow" if plan.trace else None) as observer:
+                answers = answer_batch(
+                    decoder,
+                    rule,
+                    asked,
+                    max_new_tokens=plan.max_new_tokens,
+                    temperature=heat,
+                    seed=plan.seed + start,
+                    observer=observer,
+                )
+            journal.append(number, [asdict(answer) for answer in answers])
             advance()
         kept = journal.rows()
     out: dict[Setting, dict[tuple[int, int], Record]] = {setting: {} for setting in plan.settings}
     for row in kept:
-        unit, index, _ = row.pop("unit")
-        setting, start, batch, who = units[unit]
+        number, index, _ = row.pop("unit")
+        setting, start, batch, who = units[number]
         out[setting][who, batch[index]] = Record.from_dict({**row, "batch": start})
     return {
         setting: [[found[who, i] for i in range(len(rows))] for who in range(len(contenders))]
         for setting, found in out.items()
     }
+
+
+def trace_parts(
+    contenders: Sequence[Contender], rows: Sequence[Row], plan: Plan, parts: Path
+) -> dict[tuple[Setting, int], list[tuple[Path, list[int]]]]:
+    """What `measure` recorded, as `trace.join` takes it, by setting and contender.
+
+    Requests count the turns of all rows: those of the first row, then those of the second, and so on.
+    """
+    first = [0, *itertools.accumulate(len(row["turns"]) for row in rows)]
+    out: dict[tuple[Setting, int], list[tuple[Path, list[int]]]] = {}
+    for number, (setting, _, batch, who) in enumerate(_units(contenders, rows, plan)):
+        if contenders[who].draft is None:
+            continue
+        turns = range(max(len(rows[i]["turns"]) for i in batch))
+        numbers = [first[i] + turn for turn in turns for i in batch if turn < len(rows[i]["turns"])]
+        out.setdefault((setting, who), []).append((parts / f"{number}.arrow", numbers))
+    return out
+
+
+def _units(contenders: Sequence[Contender], rows: Sequence[Row], plan: Plan) -> list[_Unit]:
+    """All that is measured, in order; a unit's number is its place here."""
+    return [
+        _Unit(setting, start, batch, who)
+        for setting in plan.settings
+        for start, batch in _batches(rows, setting.batch_size)
+        for who in range(len(contenders))
+    ]
+
+
+def _watched(contender: Contender, path: Path | None) -> AbstractContextManager[Recorder | None]:
+    """An observer that records a draft's rounds at `path`, or nobody."""
+    if path is None or contender.draft is None:
+        return nullcontext()
+    path.parent.mkdir(exist_ok=True)
+    return record(path, contender.decoder, draft=contender.fingerprint)
 
 
 def _batches(rows: Sequence[Row], size: int) -> list[tuple[int, list[int]]]:

@@ -66,12 +66,12 @@ class Observer(Protocol):
 class Recorder:
     """An observer that writes what it sees; made by `record`."""
 
-    def __init__(self, file: BinaryIO, decoder: Decoder, top: int) -> None:
+    def __init__(self, file: BinaryIO, decoder: Decoder, top: int, draft: str | None) -> None:
         if top < 2:
             raise SlipstreamError(f"a trace keeps at least the 2 largest logits of a node, not {top}")
         self._file = file
         self._decoder = decoder
-        self._draft = fingerprint(decoder.drafter)
+        self._draft = draft or fingerprint(decoder.drafter)
         self._top = min(top, decoder.target.vocab_size)
         self._writer: pa.RecordBatchFileWriter | None = None
         self._header: Header | None = None
@@ -201,15 +201,16 @@ class Recorder:
 
 
 @contextlib.contextmanager
-def record(path: Path, decoder: Decoder, top: int = 4) -> Iterator[Recorder]:
+def record(path: Path, decoder: Decoder, top: int = 4, draft: str | None = None) -> Iterator[Recorder]:
     """An observer for `decoder.generate(..., observer=)`; the file is there when the block has ended well.
 
     Args:
         path: The trace to write.
         decoder: Who will be observed.
         top: Largest logits kept of every node: a relaxed rule of rank r needs r of them.
+        draft: The drafter's fingerprint, where it is known already: of a large head it takes seconds.
     """
     with write_through(path) as file:
-        recorder = Recorder(file, decoder, top)
+        recorder = Recorder(file, decoder, top, draft)
         yield recorder
         recorder.close()

@@ -1,7 +1,7 @@
 """Results for people: the terminal's table, a model card's table, and one self-contained HTML page.
 
-All three read `results.json`. Its optional parts (policy, frontier, training, distributions, samples, limits) are left
-out of the page where they are absent; a row without a required key is a KeyError.
+All three read `results.json`. Its optional parts (policy, frontier, training, distributions, samples, limits, and what
+rows say of fidelity and scores) are left out of the page where they are absent; a row without a required key is a KeyError.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ from rich.text import Text
 
 from slipstream.configs.errors import SlipstreamError
 from slipstream.configs.files import write_atomic
-from slipstream.decode.figures import figures, interval_text, pooled, rule_name
+from slipstream.decode.columns import WORD_COLUMNS, fidelity_columns, score_columns
+from slipstream.decode.drawing import apart, interval_text, pooled, rule_name
+from slipstream.decode.figures import figures
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -53,6 +55,7 @@ def write_report(path: Path, results: dict[str, Any]) -> None:
     for token in itertools.chain.from_iterable(sample["tokens"] for sample in results.get("samples") or []):
         if token["tag"] not in TAGS:
             raise ValueError(f"token {token['text']!r} is tagged {token['tag']!r}; the tags are {', '.join(TAGS)}")
+    rows, tasks = pooled(results), apart(results)
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     environment.filters |= {"number": _number, "name": rule_name}
     source = resources.files("slipstream.decode").joinpath("report.html.j2").read_text(encoding="utf-8")
@@ -60,12 +63,28 @@ def write_report(path: Path, results: dict[str, Any]) -> None:
         results=results,
         date=results.get("date") or datetime.date.today().isoformat(),
         headline=headline(results),
-        tables=_grouped_cells(pooled(results)),
-        categories=_grouped_cells([row for row in results["rows"] if row not in pooled(results)]),
+        tables=_grouped_cells(rows),
+        categories=_grouped_cells(tasks),
         figures=figures(results),
+        fidelity=fidelity_columns([row for row in rows if row.get("compared_with")]),
+        scores=score_columns([row for row in tasks or rows if row.get("scores")]),
+        talks=_by_prompt(results.get("samples") or []),
         tags=TAGS,
+        words=WORD_COLUMNS,
     )
     write_atomic(path, page)
+
+
+def _by_prompt(samples: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Samples that answer the same prompt; `same` counts the tokens that each shares with the first before they part."""
+    talks: dict[str, list[dict[str, Any]]] = {}
+    for sample in samples:
+        beside = talks.setdefault(sample["prompt"], [])
+        first = beside[0] if beside else sample
+        pairs = zip(first["tokens"], sample["tokens"], strict=False)
+        same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0]["text"] == pair[1]["text"], pairs))
+        beside.append({**sample, "same": same})
+    return talks
 
 
 def results_table(results: dict[str, Any]) -> Table:

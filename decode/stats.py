@@ -18,7 +18,7 @@ class Stats:
         regret: Sum of their log p(top) - log p(token), nats.
         target_seconds: In the target's forwards, the prompt's included.
         draft_seconds: In the drafter.
-        seconds: All of it.
+        seconds: All of it, without an observer's own.
     """
 
     prompt_tokens: int = 0

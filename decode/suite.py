@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import time
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 import torch
 
@@ -15,14 +17,21 @@ from slipstream.configs.files import write_atomic
 from slipstream.configs.progress import console
 from slipstream.data.template import encode_prompt
 from slipstream.decode.evaluate import BASELINES, by_task, identical_outputs, result_rows
-from slipstream.decode.fidelity import agreement, likelihood, measure_likelihood, regret_quantiles
-from slipstream.decode.plan import Contender, measure
+from slipstream.decode.fidelity import (
+    agreement,
+    likelihood,
+    measure_likelihood,
+    regret_by_length,
+    regret_quantiles,
+    relaxed_margins,
+)
+from slipstream.decode.plan import Contender, measure, trace_parts
 from slipstream.decode.report import results_table, write_report
 from slipstream.decode.sandbox import isolation
 from slipstream.decode.scores import score_means, score_records
 from slipstream.decode.signals import signal_samples
 from slipstream.decode.tables import card_tables
-from slipstream.decode.trace import fingerprint
+from slipstream.decode.trace import fingerprint, join
 from slipstream.distill.heads import versions
 
 if TYPE_CHECKING:
@@ -37,6 +46,8 @@ if TYPE_CHECKING:
     Row = dict[str, Any]
 
 _JOURNAL = "progress.jsonl"
+_PARTS = "progress.traces"
+_SAMPLES = 3  # prompts whose answers are shown, each of another task
 
 
 def header(target: Target, draft: str, seed: int) -> dict[str, Any]:
@@ -54,19 +65,28 @@ def header(target: Target, draft: str, seed: int) -> dict[str, Any]:
 
 
 def sample(target: Target, row: Row, rule: str, record: Record) -> dict[str, Any]:
-    """One answer, token by token, for the report."""
+    """The answer to a first turn, token by token, for the report."""
     tokenizer = target.chat_tokenizer
     tokens = [
-        {"text": tokenizer.decode([t.id]), "tag": t.tag, "margin": t.margin, "regret": t.regret} for t in record.tagged
+        {"text": tokenizer.decode([t.id]), "tag": t.tag, "margin": t.margin, "regret": t.regret}
+        for t in record.tagged[: len(record.outputs[0])]
     ]
     return {"prompt": row["turns"][0], "rule": rule, "tokens": tokens}
+
+
+def sampled(rows: Sequence[Row]) -> list[int]:
+    """Places of the rows whose answers the report shows: the first of each of the first tasks."""
+    first: dict[str, int] = {}
+    for i, row in enumerate(rows):
+        first.setdefault(row.get("task") or row["category"], i)
+    return list(first.values())[:_SAMPLES]
 
 
 def evaluate(decoders: Mapping[str, Decoder], rows: Sequence[Row], plan: Plan, out: Path) -> dict[str, Any]:
     """Measure what `plan` says, and write `results.json`, `answers.jsonl`, `table.md` and `report.html` into `out`.
 
     Every finished answer is kept in `out/progress.jsonl` until all are there, so that the same call goes on after an
-    interruption.
+    interruption. With `plan.trace` so is every batch's trace, in `out/progress.traces`; joined, they are `out/traces`.
 
     Args:
         decoders: By the name of their draft, over one target; the rules are left out for a draft named `none`.
@@ -81,8 +101,9 @@ def evaluate(decoders: Mapping[str, Decoder], rows: Sequence[Row], plan: Plan, o
     first = next(iter(decoders.values()))
     target = first.target
     contenders = [Contender(rule, None, first) for rule in BASELINES]
+    prints = {draft: fingerprint(decoder.drafter) for draft, decoder in decoders.items()}
     contenders += [
-        Contender(rule, draft, decoder)
+        Contender(rule, draft, decoder, prints[draft])
         for draft, decoder in decoders.items()
         for rule in (plan.rules if draft != "none" else ())
     ]
@@ -91,11 +112,11 @@ def evaluate(decoders: Mapping[str, Decoder], rows: Sequence[Row], plan: Plan, o
     begun = {
         "target": target.name,
         "dtype": str(target.dtype),
-        "drafts": {name: _digest([d.policy.to_dict(), fingerprint(d.drafter)]) for name, d in decoders.items()},
+        "drafts": {name: _digest([d.policy.to_dict(), prints[name]]) for name, d in decoders.items()},
         "prompts": _digest([[row["task"], row["turns"]] for row in rows]),
         **{k: v for k, v in json.loads(json.dumps(asdict(plan))).items() if k != "score"},
     }
-    records = measure(contenders, rows, plan, out / _JOURNAL, begun)
+    records = measure(contenders, rows, plan, out / _JOURNAL, out / _PARTS, begun)
     groups = [group for groups in records.values() for group in groups]
     measure_likelihood(target, rows, groups)
     if plan.score:
@@ -109,10 +130,12 @@ def evaluate(decoders: Mapping[str, Decoder], rows: Sequence[Row], plan: Plan, o
         **({"sandbox": sandbox.to_dict()} if sandbox else {}),
         "distributions": signal_samples(target, rows, baseline),
         "samples": [
-            sample(target, rows[0], _name(contender, decoders), group[0])
+            sample(target, rows[i], _name(contender, decoders), group[i])
+            for i in sampled(rows)
             for contender, group in zip(contenders, records[plan.settings[0]], strict=True)
             if contender.draft is not None
         ],
+        **({"traces": _join_traces(decoders, contenders, rows, plan, out)} if plan.trace else {}),
     }
     write_atomic(out / "answers.jsonl", answer_lines(decoders, contenders, rows, plan, records))
     write_atomic(out / "table.md", card_tables(results))
@@ -120,6 +143,8 @@ def evaluate(decoders: Mapping[str, Decoder], rows: Sequence[Row], plan: Plan, o
     write_atomic(out / "results.json", json.dumps(results, indent=1))
     for name in (_JOURNAL, f"{_JOURNAL}.settings.json"):
         (out / name).unlink()
+    if plan.trace:
+        shutil.rmtree(out / _PARTS)
     console.print(results_table(results))
     return results
 
@@ -134,10 +159,8 @@ def answer_lines(
     """Spec-Bench's `answers.jsonl`: one line per answer; `model_id` names the rule and what else sets it apart."""
     target, lines, now = contenders[0].decoder.target, [], time.time()
     for setting, groups in records.items():
-        heat = f" T={setting.temperature:g}" if len(plan.temperatures) > 1 else ""
-        size = f" batch={setting.batch_size}" if len(plan.batch_sizes) > 1 else ""
         for contender, group in zip(contenders, groups, strict=True):
-            model = _name(contender, decoders) + heat + size
+            model = _model(contender, decoders, plan, setting)
             for row, record in zip(rows, group, strict=True):
                 choice = {
                     "index": 0,
@@ -174,39 +197,70 @@ def _check_lengths(target: Target, rows: Sequence[Row]) -> None:
 
 
 def _rows(decoders: Mapping[str, Decoder], plan: Plan, setting: Setting, groups: Groups) -> list[Row]:
-    """Rows of `results.json` for one setting: the baselines once, then each draft's rules.
-
-    A lossy rule is compared with `exact` under the same draft, where that was measured: up to the first relaxed token the
-    two compute the same forwards, so that rounding does not count as relaxation. All else is compared with `generate`.
-    """
+    """Rows of `results.json` for one setting: the baselines once, then each draft's rules."""
     short = short_names(list(decoders))
     rest = iter(groups[len(BASELINES) :])
-    checked = setting.temperature == 0 and next(iter(decoders.values())).target.dtype == torch.float32
+    heat = setting.temperature
+    checked = heat == 0 and next(iter(decoders.values())).target.dtype == torch.float32
     out: list[Row] = []
     for place, (draft, decoder) in enumerate(decoders.items()):
         names = [*BASELINES, *(plan.rules if draft != "none" else ())]
         mine = [*groups[: len(BASELINES)], *(next(rest) for _ in names[len(BASELINES) :])]
         identical = identical_outputs(mine, names) if checked else None
-        rows = result_rows(decoder, names, mine, temperature=setting.temperature, seed=plan.seed, identical=identical)
-        pairs = [(chosen, group) for chosen in by_task(mine).values() for group in chosen]
-        for row, (chosen, group) in zip(rows, pairs, strict=True):
-            if place and row["rule"] in BASELINES:
-                continue
-            judge = "autoregressive" if row["lossless"] or "exact" not in names else "exact"
-            strict = chosen[names.index(judge)]
-            out.append(
-                {
-                    **row,
-                    "batch_size": setting.batch_size,
-                    "draft": short[draft] if len(decoders) > 1 and row["rule"] not in BASELINES else None,
-                    "compared_with": judge,
-                    "agreement": agreement(strict, group, plan.seed) if setting.temperature == 0 else None,
-                    **likelihood(group, plan.seed),
-                    "regret_quantiles": regret_quantiles(group),
-                    "scores": score_means(strict, group, plan.seed),
-                }
-            )
+        for row in judged_rows(decoder, names, mine, temperature=heat, seed=plan.seed, identical=identical):
+            drafted = row["rule"] not in BASELINES
+            if drafted or not place:
+                own = short[draft] if drafted and len(decoders) > 1 else None
+                out.append({**row, "batch_size": setting.batch_size, "draft": own})
     return out
+
+
+def judged_rows(
+    decoder: Decoder,
+    rules: Sequence[str],
+    records: Groups,
+    *,
+    temperature: float = 0.0,
+    seed: int = 0,
+    identical: dict[str, bool] | None = None,
+) -> list[Row]:
+    """Rows of `result_rows`, each with its output's fidelity and scores.
+
+    A lossy rule is compared with `exact` under the same draft, where that was measured: up to the first relaxed token the
+    two compute the same forwards, so that rounding does not count as relaxation. All else is compared with `generate`.
+    """
+    rows = result_rows(decoder, rules, records, temperature=temperature, seed=seed, identical=identical)
+    pairs = [(chosen, group) for chosen in by_task(records).values() for group in chosen]
+    out: list[Row] = []
+    for row, (chosen, group) in zip(rows, pairs, strict=True):
+        judge = "autoregressive" if row["lossless"] or "exact" not in rules else "exact"
+        strict = chosen[rules.index(judge)]
+        out.append(
+            {
+                **row,
+                "compared_with": judge,
+                "agreement": agreement(strict, group, seed) if temperature == 0 else None,
+                **likelihood(group, seed),
+                "regret_quantiles": regret_quantiles(group),
+                "relaxed_margins": relaxed_margins(group),
+                "regret_by_length": regret_by_length(group),
+                "scores": score_means(strict, group, seed),
+            }
+        )
+    return out
+
+
+def _join_traces(
+    decoders: Mapping[str, Decoder], contenders: Sequence[Contender], rows: Sequence[Row], plan: Plan, out: Path
+) -> dict[str, str]:
+    """Write the trace of each draft, rule and setting; their files, below `out`, by the `model_id` of their answers."""
+    (out / "traces").mkdir(exist_ok=True)
+    files = {}
+    for (setting, who), parts in trace_parts(contenders, rows, plan, out / _PARTS).items():
+        model = _model(contenders[who], decoders, plan, setting)
+        files[model] = f"traces/{quote(model, safe=' =,')}.arrow"
+        join(out / files[model], parts)
+    return files
 
 
 def _policies(decoders: Mapping[str, Decoder]) -> dict[str, Any]:
@@ -232,6 +286,13 @@ def _name(contender: Contender, decoders: Mapping[str, Decoder]) -> str:
     if contender.draft is None or len(decoders) == 1:
         return contender.rule
     return f"{short_names(list(decoders))[contender.draft]} {contender.rule}"
+
+
+def _model(contender: Contender, decoders: Mapping[str, Decoder], plan: Plan, setting: Setting) -> str:
+    """What answers and traces are told apart by: draft and rule, temperature and batch size where there are several."""
+    heat = f" T={setting.temperature:g}" if len(plan.temperatures) > 1 else ""
+    size = f" batch={setting.batch_size}" if len(plan.batch_sizes) > 1 else ""
+    return _name(contender, decoders) + heat + size
 
 
 def _texts(target: Target, record: Record) -> list[str]:

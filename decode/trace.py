@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 from slipstream.configs.errors import SlipstreamError
+from slipstream.configs.files import write_through
 from slipstream.decode.drafters import HeadDrafter, ModelDrafter
 from slipstream.decode.tree import Tree, TreeShape, make_tree
 from slipstream.decode.verify import Spent, Verifier
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
 
     from slipstream.decode.drafters import Drafter
@@ -212,6 +213,29 @@ class Trace:
         """All rounds in the order they were recorded, some at a time."""
         for i in range(self._reader.num_record_batches):
             yield _read(self._reader.get_batch(i), self.header.top)
+
+
+def join(path: Path, parts: Sequence[tuple[Path, Sequence[int]]]) -> None:
+    """Write several traces as one.
+
+    Args:
+        path: The trace to write.
+        parts: Each trace with the numbers that its requests get.
+
+    Raises:
+        SlipstreamError: If one is missing, or was recorded with other settings than the first.
+    """
+    first = Trace.open(parts[0][0])
+    options = pa.ipc.IpcWriteOptions(compression="zstd")
+    with write_through(path) as file, pa.ipc.new_file(file, first._reader.schema, options=options) as writer:
+        for place, numbers in parts:
+            part = Trace.open(place)
+            if part.header != first.header:
+                raise SlipstreamError(f"{place} was recorded with other settings than {parts[0][0]}; they do not join")
+            for i in range(part._reader.num_record_batches):
+                batch = part._reader.get_batch(i)
+                requests = pa.array(np.take(numbers, batch.column("request").to_numpy()), ROUND["request"])
+                writer.write_batch(batch.set_column(0, batch.schema.field("request"), requests))
 
 
 def _require_same(path: Path, header: Header, decoder: Decoder) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import re
 from html.parser import HTMLParser
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from reported import full_results, row, several_tasks
 from rich.console import Console
 
 from slipstream.decode.report import headline, markdown_table, results_table, write_report
@@ -15,73 +17,16 @@ from slipstream.decode.report import headline, markdown_table, results_table, wr
 if TYPE_CHECKING:
     from pathlib import Path
 
-FIGURES = ("speedup", "acceptance", "time", "frontier", "training", "distributions")
+FIGURES = ("speedup", "acceptance", "time", "frontier", "fidelity", "margins", "regret", "scores", "training")
+FIGURES += ("distributions",)
 OPTIONAL = ("policy", "frontier", "training", "distributions", "samples", "limits")
+OF_ROWS = {"relaxed_margins": "margins", "regret_by_length": "regret", "scores": "scores"}
 VOID = {"meta", "link", "br", "hr", "img", "input"}
-
-
-def row(rule: str, speedup: float, **changes: Any) -> dict[str, Any]:
-    """A results row of 1,000 tokens, at 20 tokens/s without speed-up."""
-    drafted = rule not in ("autoregressive", "engine")
-    lossless = rule != "mars"
-    values: dict[str, Any] = {
-        "task": "chat",
-        "rule": rule,
-        "temperature": 0.0,
-        "lossless": lossless,
-        "prompts": 8,
-        "tokens": 1000,
-        "tokens_per_second": 20 * speedup,
-        "speedup": speedup,
-        "speedup_ci95": [speedup - 0.07, speedup + 0.08],
-        "speedup_engine": speedup / 1.1,
-        "acceptance_length": 2.3 if drafted else 1.0,
-        "acceptance_by_position": [0.7, 0.45, 0.3, 0.2] if drafted else [],
-        "relaxed_share": 0.0 if lossless else 0.07,
-        "mean_regret_nats": 0.0 if lossless else 0.031,
-        "mean_output_tokens": 125.0,
-        "identical_to_target": lossless,
-        "time_split": {"target": 30 / speedup, "draft": 10 / speedup if drafted else 0.0, "rest": 10 / speedup},
-    }
-    return values | changes
 
 
 @pytest.fixture
 def results() -> dict[str, Any]:
-    rows = [row("autoregressive", 1.0, speedup_ci95=None), row("engine", 1.1), row("exact", 1.62), row("mars", 1.8)]
-    samples = [
-        {"text": "Hello", "tag": "exact", "margin": 4.2, "regret": 0.0},
-        {"text": "<script>", "tag": "relaxed", "margin": 0.3, "regret": 0.31},
-        {"text": " & all\n", "tag": "bonus", "margin": None, "regret": None},
-    ]
-    point = {"step": 10, "tokens": 4096, "seconds": 2.5, "loss": 6.1, "simulated_acceptance_length": 1.4}
-    curve = [point | {"accuracy": [0.3, 0.2]}, point | {"step": 20, "loss": 4.0, "accuracy": [0.5, 0.35]}]
-    labels = {"label": "depth 4 <b>", "tokens_per_second": 32.4, "acceptance_length": 2.3}
-    return {
-        "target": "a/target",
-        "draft": "out/<draft>",
-        "device": "cpu",
-        "dtype": "float32",
-        "versions": {"torch": "2.9", "transformers": "5.0"},
-        "seed": 7,
-        "rows": rows,
-        "policy": {"tree": {"depth": 4, "top_k": 3}, "verify": {"rule": "mars", "threshold": 0.9}},
-        "frontier": [
-            labels | {"mean_regret_nats": 0.0, "chosen": False, "lossless": True, "confirmed": False},
-            labels
-            | {
-                "mean_regret_nats": 0.03,
-                "tokens_per_second": 36.0,
-                "chosen": True,
-                "lossless": False,
-                "confirmed": True,
-            },
-        ],
-        "training": {"curve": curve, "measured_chain_acceptance_length": 1.9, "minutes": 4.0, "tokens": 8192},
-        "distributions": {"ratio": [0.8, 0.95, 0.99], "margin": [0.1, 2.0, float("inf")], "odds": [0.1, 0.2, 0.9]},
-        "samples": [{"prompt": "Say <hello>", "rule": "mars", "tokens": samples}],
-        "limits": "Memory bandwidth limits it.",
-    }
+    return full_results()
 
 
 class Page(HTMLParser):
@@ -128,6 +73,10 @@ def test_full_page_has_every_section_and_described_figures(tmp_path: Path, resul
     assert "threshold 0.9: 67% on the relaxed side" in text
     assert "1 not finite, not drawn" in text
     assert "depth 4 &lt;b&gt; 32.4 at 0.000, predicted" in text
+    assert "exact common prefix with the strict output 1.00, interval 0.90–1.00" in text
+    assert "up to 0.25 31, up to 0.50 20, up to 0.75 0, up to 1.00 19" in text
+    assert "after 150 tokens mean 1.50, 90 % 3.00, of 3 answers" in text
+    assert "chat, T = 0 MARS 0.41, interval 0.31–0.52, 125 tokens" in text
     for expected in ("Memory bandwidth limits it.", "tree.depth", "5.0", "4.0 minutes."):
         assert expected in text
 
@@ -161,10 +110,17 @@ def test_an_absent_part_leaves_its_section_out(tmp_path: Path, results: dict[str
     assert {"results", "speedup", "versions"} <= set(page.ids)
 
 
+def test_what_rows_do_not_say_is_not_drawn(tmp_path: Path, results: dict[str, Any]) -> None:
+    for measured, key in itertools.product(results["rows"], OF_ROWS):
+        measured[key] = {} if key == "scores" else None
+    _, page = written(tmp_path, results)
+    assert set(FIGURES) & set(page.ids) == set(FIGURES) - set(OF_ROWS.values())
+
+
 def test_rows_alone_make_a_page(tmp_path: Path, results: dict[str, Any]) -> None:
     bare = {key: value for key, value in results.items() if key not in OPTIONAL}
-    for measured in bare["rows"]:
-        del measured["time_split"]
+    for measured, key in itertools.product(bare["rows"], ("time_split", "compared_with", *OF_ROWS)):
+        del measured[key]
     _, page = written(tmp_path, bare)
     sections = [values["id"] for tag, values in page.attributes if tag == "section"]
     assert sections == ["results", "speedup", "acceptance", "glossary", "versions"]
@@ -177,6 +133,29 @@ def test_several_tasks_and_unknown_rules(tmp_path: Path, results: dict[str, Any]
     assert "code, T = 1" in text
     assert "typical" in text
     assert len(page.ids) == len(set(page.ids))
+
+
+def test_categories_have_panels_and_scores_of_their_own(tmp_path: Path) -> None:
+    text, page = written(tmp_path, several_tasks())
+    sections = [values["id"] for tag, values in page.attributes if tag == "section"]
+    assert sections[1:4] == ["speedup", "acceptance", "by_task"]
+    words = {
+        values["aria-label"].split(":")[0]: values["aria-label"] for tag, values in page.attributes if tag == "svg"
+    }
+    assert "code exact 70%" in text
+    scores = words["Points with 95 % intervals, scores from 0 to 1, and mean answer length"]
+    assert "mt_bench/writing, T = 1 exact" in scores
+    assert "all, T" not in scores
+    assert scores.count("tokens") == 2 * 2 * 5
+
+
+def test_answers_to_one_prompt_stand_side_by_side(tmp_path: Path, results: dict[str, Any]) -> None:
+    text, page = written(tmp_path, results)
+    assert len([tag for tag, _ in page.attributes if tag == "article"]) == 2
+    assert text.count("Say &lt;hello&gt;") == 1
+    assert "the first 1 tokens are those of exact" in " ".join(text.split())
+    results["samples"][1]["tokens"] = results["samples"][0]["tokens"]
+    assert "the same answer as exact" in " ".join(written(tmp_path, results)[0].split())
 
 
 def test_a_missing_required_key_and_an_unknown_tag_are_errors(tmp_path: Path, results: dict[str, Any]) -> None:

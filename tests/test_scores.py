@@ -16,7 +16,15 @@ from test_tasks import HUMANEVAL
 from slipstream.data.template import encode_prompt
 from slipstream.decode.engine import Decoder
 from slipstream.decode.evaluate import Record, answer, mean_interval, round_lengths
-from slipstream.decode.fidelity import agreement, common_prefix, likelihood, measure_likelihood, regret_quantiles
+from slipstream.decode.fidelity import (
+    agreement,
+    common_prefix,
+    likelihood,
+    measure_likelihood,
+    regret_by_length,
+    regret_quantiles,
+    relaxed_margins,
+)
 from slipstream.decode.scores import final_number, rouge_l, score, score_means, score_records
 from slipstream.decode.verify import Token
 from slipstream.distill.target import load_target
@@ -147,6 +155,38 @@ def test_the_tail_of_the_regret_is_over_relaxed_tokens():
     tail = regret_quantiles([record([1] * 6, tagged=tokens)])
     assert tail == {"0.5": 0.3, "0.9": 0.46, "0.99": 0.496, "max": 0.5}
     assert regret_quantiles([record([1], tagged=[Token(1, "exact")])]) is None
+
+
+TAGGED = st.lists(
+    st.builds(Token, st.just(1), st.sampled_from(["exact", "relaxed", "bonus"]), st.floats(0, 3), st.floats(0, 3)),
+    min_size=1,
+    max_size=40,
+)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(TAGGED, min_size=1, max_size=4))
+def test_margins_and_regret_along_answers_are_those_of_their_relaxed_tokens(answers):
+    records = [record([1] * len(tokens), tagged=tokens) for tokens in answers]
+    relaxed = [token for tokens in answers for token in tokens if token.tag == "relaxed"]
+    margins, points = relaxed_margins(records), regret_by_length(records)
+    if not relaxed:
+        assert margins is points is None
+        return
+    edges, counts = margins["edges"], margins["counts"]
+    assert sum(counts) == len(relaxed)
+    assert edges[0] == 0
+    assert edges[-1] == pytest.approx(max(0.01, *(token.margin for token in relaxed)), abs=1e-4)
+    for end in range(1, len(edges) - 1):  # a margin may lie on an edge, which is rounded
+        below = [sum(token.margin < edges[end] + slack for token in relaxed) for slack in (-1e-4, 1e-4)]
+        assert below[0] <= sum(counts[:end]) <= below[1]
+    assert points[-1]["tokens"] == max(map(len, answers))
+    for point in points:
+        reached = [tokens[: point["tokens"]] for tokens in answers if len(tokens) >= point["tokens"]]
+        sums = [sum(token.regret for token in tokens if token.tag == "relaxed") for tokens in reached]
+        assert point["answers"] == len(sums)
+        assert point["mean"] == pytest.approx(sum(sums) / len(sums), abs=1e-4)
+        assert min(sums) - 1e-4 <= point["q90"] <= max(sums) + 1e-4
 
 
 def test_the_likelihood_is_that_of_the_target_token_by_token(tiny_target_folder):

@@ -100,10 +100,29 @@ def test_exact_gives_the_targets_tokens_alone_and_in_batches(results):
         if row["temperature"] == 0 and row["lossless"]:
             assert row["identical_to_target"] is True
             assert row["agreement"]["exact_match"] == row["agreement"]["common_prefix"] == 1.0
-            assert row["regret_quantiles"] is None
+            assert row["regret_quantiles"] is row["relaxed_margins"] is row["regret_by_length"] is None
         if row["temperature"] == 1:
             assert row["agreement"] is None
         assert row["compared_with"] == ("autoregressive" if row["lossless"] else "exact")
+
+
+def test_relaxed_tokens_are_told_by_margin_and_by_place(results):
+    relaxed = [row for row in results["rows"] if row["relaxed_share"]]
+    assert relaxed
+    for row in relaxed:
+        assert sum(row["relaxed_margins"]["counts"]) == pytest.approx(row["relaxed_share"] * row["tokens"], abs=0.1)
+        assert row["relaxed_margins"]["edges"][-1] <= row["verifier"]["threshold"]
+        if row["prompts"] == 1:
+            last = row["regret_by_length"][-1]
+            assert last["tokens"] == row["tokens"]
+            assert last["mean"] == pytest.approx(row["mean_regret_nats"] * row["tokens"], abs=1e-3)
+
+
+def test_samples_are_the_first_answers_of_each_task(results):
+    prompts = [sample["prompt"] for sample in results["samples"]]
+    assert list(dict.fromkeys(prompts)) == [TALKS[0]["turns"][0], TALKS[1]["turns"][0], prompts[-1]]
+    assert len(prompts) == 3 * 4  # heads and rules
+    assert all(0 < len(sample["tokens"]) <= TOKENS for sample in results["samples"])
 
 
 def test_draws_do_not_depend_on_the_batch(answers):
@@ -296,6 +315,7 @@ def test_a_rule_may_carry_its_settings(text, verifier):
         (("--batch_size", "2", "0"), "batch_size must be at least 1, not 0"),
         (("--temperature", "0", "-1"), "temperature must not be negative, but is -1"),
         (("--max_new_tokens", "0"), "max_new_tokens must be at least 1, not 0"),
+        (("--trace",), "--trace records rounds of drafts, and there is none; give --draft"),
         (("--score",), 'line.jsonl:1: no reference; --score needs "reference", one per turn'),
     ],
 )

@@ -24,11 +24,12 @@ from slipstream.data.vocabulary import coverage, draft_vocabulary
 from slipstream.decode.card import write_card
 from slipstream.decode.drafters import HeadDrafter
 from slipstream.decode.engine import Decoder
-from slipstream.decode.evaluate import identical_outputs, interval, result_rows, run, simulated_acceptance_length
+from slipstream.decode.evaluate import identical_outputs, interval, run, simulated_acceptance_length
+from slipstream.decode.fidelity import measure_likelihood
 from slipstream.decode.policy import Policy
 from slipstream.decode.report import require_figures, results_table, write_report
 from slipstream.decode.signals import signal_samples
-from slipstream.decode.suite import header, sample
+from slipstream.decode.suite import header, judged_rows, sample, sampled
 from slipstream.decode.tasks import read_prompts, tuning_prompts
 from slipstream.decode.tree import TreeShape
 from slipstream.decode.tune import Budget, tune
@@ -216,9 +217,10 @@ class Quickstart:
         identity = self.identity(self.out / "draft", target.name)
         rules = ("autoregressive", "engine", "exact", "mars")
         records = run(decoder, rules, self.prompts, max_new_tokens=self.new_tokens, label="measure")
+        measure_likelihood(target, self.prompts, records)
         alone = self._head_alone(decoder)
         training = json.loads((self.out / "training.json").read_text())
-        rows = result_rows(decoder, rules, records, seed=self.recipe.train.seed, identical=identity["identical"])
+        rows = judged_rows(decoder, rules, records, seed=self.recipe.train.seed, identical=identity["identical"])
         results = {
             **header(target, str(self.out / "draft"), self.recipe.train.seed),
             "rows": rows,
@@ -231,7 +233,9 @@ class Quickstart:
                 "tokens": training["curve"][-1]["tokens"],
             },
             "distributions": signal_samples(target, self.prompts, records[0]),
-            "samples": [sample(target, self.prompts[0], rules[i], records[i][0]) for i in (2, 3)],
+            "samples": [
+                sample(target, self.prompts[i], rules[k], records[k][i]) for i in sampled(self.prompts) for k in (2, 3)
+            ],
             "head_alone": alone,
             "limits": limits(rows, alone),
         }

@@ -99,6 +99,7 @@ def evaluate(
     limit: int | None = None,
     max_new_tokens: int = 128,
     score: bool = False,
+    trace: bool = False,
     dtype: Dtype = "bfloat16",
     seed: int = 0,
     card: bool = False,
@@ -120,6 +121,7 @@ def evaluate(
         limit: Only the first prompts of each file.
         max_new_tokens: Per turn.
         score: Score the answers: HumanEval's tests, GSM8K's numbers, ROUGE-L against other references.
+        trace: Record every round of every draft and rule into traces/*.arrow; the time that takes is not counted.
         dtype: Of target and head; whether outputs are identical is only claimed in float32.
         seed: Of draws and intervals.
         card: Write the measured table into the model card (README.md) of the head's folder as well.
@@ -134,9 +136,11 @@ def evaluate(
 
     if (out / "results.json").exists():
         raise SlipstreamError(f"{out} holds the results of another run; give another --out")
-    plan = Plan(tuple(rules), tuple(temperature), tuple(batch_size), max_new_tokens, seed, score)
+    plan = Plan(tuple(rules), tuple(temperature), tuple(batch_size), max_new_tokens, seed, score, trace)
     if card and (len(draft) > 1 or not (Path(draft[0]) / "config.json").is_file()):
         raise SlipstreamError(f"--card needs one draft head's folder, which {' '.join(draft)} is not")
+    if trace and draft == ["none"]:
+        raise SlipstreamError("--trace records rounds of drafts, and there is none; give --draft")
     rows = read_tasks(prompts, limit)
     if score:
         require_references(rows)
