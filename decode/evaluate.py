@@ -23,6 +23,8 @@ from slipstream.distill.unroll import unroll
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from transformers import PreTrainedTokenizerBase
+
     from slipstream.distill.draft import DraftHead
     from slipstream.distill.target import Target
 
@@ -83,6 +85,10 @@ class Record:
         self.seconds += times.seconds
         self.target_seconds += times.target
         self.draft_seconds += times.draft
+
+    def texts(self, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+        """The answer to each turn."""
+        return [tokenizer.decode(ids, skip_special_tokens=True) for ids in self.outputs]
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Record:
@@ -251,10 +257,13 @@ def interval(base: list[Record], ours: list[Record], seed: int) -> tuple[float, 
 
 
 def mean_interval(values: Sequence[float], weights: Sequence[float], seed: int) -> tuple[float, list[float] | None]:
-    """Sum of `values` over sum of `weights`, one of each per prompt, and the 95 % interval: bootstrap over prompts."""
+    """Sum of `values` over sum of `weights`, one of each per prompt, and the 95 % interval: bootstrap over prompts.
+
+    There is no interval where so few prompts have a weight that a draw of prompts may have none.
+    """
     data = np.array([values, weights], float).T
     sums = _resampled(data, seed)
-    bounds = _bounds(sums[:, 0] / sums[:, 1], 4) if len(data) > 1 else None
+    bounds = _bounds(sums[:, 0] / sums[:, 1], 4) if len(data) > 1 and sums[:, 1].all() else None
     return float(data[:, 0].sum() / data[:, 1].sum()), bounds
 
 

@@ -99,7 +99,7 @@ def evaluate(decoders: Mapping[str, Decoder], rows: Sequence[Row], plan: Plan, o
     groups = [group for groups in records.values() for group in groups]
     measure_likelihood(target, rows, groups)
     if plan.score:
-        score_records(rows, [[_texts(target, r) for r in group] for group in groups], groups)
+        score_records(target, rows, groups)
     baseline, *_ = records[plan.settings[0]]
     results = {
         **header(target, ", ".join(decoders), plan.seed),
@@ -132,7 +132,7 @@ def answer_lines(
     records: Mapping[Setting, Groups],
 ) -> str:
     """Spec-Bench's `answers.jsonl`: one line per answer; `model_id` names the rule and what else sets it apart."""
-    target, lines, now = contenders[0].decoder.target, [], time.time()
+    tokenizer, lines, now = contenders[0].decoder.target.chat_tokenizer, [], time.time()
     for setting, groups in records.items():
         heat = f" T={setting.temperature:g}" if len(plan.temperatures) > 1 else ""
         size = f" batch={setting.batch_size}" if len(plan.batch_sizes) > 1 else ""
@@ -141,7 +141,7 @@ def answer_lines(
             for row, record in zip(rows, group, strict=True):
                 choice = {
                     "index": 0,
-                    "turns": _texts(target, record),
+                    "turns": record.texts(tokenizer),
                     "decoding_steps": record.turn_rounds,
                     "new_tokens": [len(ids) for ids in record.outputs],
                     "wall_time": record.turn_seconds,
@@ -232,10 +232,6 @@ def _name(contender: Contender, decoders: Mapping[str, Decoder]) -> str:
     if contender.draft is None or len(decoders) == 1:
         return contender.rule
     return f"{short_names(list(decoders))[contender.draft]} {contender.rule}"
-
-
-def _texts(target: Target, record: Record) -> list[str]:
-    return [target.chat_tokenizer.decode(ids, skip_special_tokens=True) for ids in record.outputs]
 
 
 def _digest(value: Any) -> str:

@@ -21,6 +21,7 @@ from slipstream.data.regenerate import regenerate
 from slipstream.data.synthesize import self_prompts, topic_prompts
 from slipstream.data.template import encode_prompt
 from slipstream.data.vocabulary import coverage, draft_vocabulary
+from slipstream.decode.budget import Budget
 from slipstream.decode.card import write_card
 from slipstream.decode.drafters import HeadDrafter
 from slipstream.decode.engine import Decoder
@@ -31,7 +32,7 @@ from slipstream.decode.signals import signal_samples
 from slipstream.decode.suite import header, sample
 from slipstream.decode.tasks import read_prompts, tuning_prompts
 from slipstream.decode.tree import TreeShape
-from slipstream.decode.tune import Budget, tune
+from slipstream.decode.tune import tune
 from slipstream.distill.heads import load_head, new_head, save_head
 from slipstream.distill.target import EMBEDDED, EMBEDDED_LICENSE, Target, load_target
 from slipstream.train.trainer import Trainer

@@ -152,7 +152,7 @@ def evaluate(
 def tune(
     draft: Path,
     target: str = "smollm2-135m-instruct",
-    prompts: Path | None = None,
+    prompts: list[Path] = [],  # noqa: B006 (jsonargparse copies defaults)
     budget: str = "regret=0.02",
     trace: Path | None = None,
     max_new_tokens: int = 96,
@@ -163,23 +163,28 @@ def tune(
     Args:
         draft: The head's folder.
         target: The target model.
-        prompts: JSONL of Spec-Bench rows; default: the tuning prompts that ship with the package.
-        budget: `strict` (exact decoding), `regret=0.02` (nats per token at most), or `agreement=0.98` (the least share of
-            tokens before the first difference from the exact output).
+        prompts: One or several JSONL files of Spec-Bench, HumanEval or GSM8K rows; default: the tuning prompts that ship
+            with the package.
+        budget: `strict` (exact decoding), `regret=0.02` (nats per token at most), `agreement=0.98` (the least share of
+            tokens before the first difference from the exact output), or `task=0.981` (the least share of the exact
+            policy's task score, on prompts with references).
         trace: Where to keep what was recorded; a trace that is there is used, not recorded again.
         max_new_tokens: Per turn.
         dtype: Of target and head.
     """
     import slipstream
     from slipstream.configs.progress import console
-    from slipstream.decode.tasks import read_prompts, tuning_prompts
-    from slipstream.decode.tune import Budget, frontier_table
+    from slipstream.decode.budget import Budget
+    from slipstream.decode.tasks import read_tasks, require_references, tuning_prompts
+    from slipstream.decode.tune import frontier_table
     from slipstream.decode.tune import tune as search
     from slipstream.distill.heads import check_head
 
     check_head(draft)  # not only on the hub: its folder is written to
     limit = Budget.parse(budget)  # fails before anything runs
-    rows = read_prompts(prompts) if prompts is not None else tuning_prompts()
+    rows = read_tasks(prompts) if prompts else tuning_prompts()
+    if limit.kind == "task":
+        require_references(rows, "--budget task")
     decoder = slipstream.load(target, str(draft), dtype=dtype)
     policy, points = search(decoder, rows, budget=limit, max_new_tokens=max_new_tokens, trace=trace)
     policy.save(draft)
