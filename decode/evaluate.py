@@ -13,7 +13,6 @@ from torch import Tensor
 
 from slipstream.configs.errors import SlipstreamError
 from slipstream.configs.progress import progress
-from slipstream.data.template import encode_prompt
 from slipstream.decode.drafters import NoDrafter
 from slipstream.decode.engine import Decoder
 from slipstream.decode.verify import Token, Verifier
@@ -166,7 +165,7 @@ def answer_batch(
         going = [i for i, row in enumerate(rows) if turn < len(row["turns"])]
         for i in going:
             chats[i].append({"role": "user", "content": rows[i]["turns"][turn]})
-        prompts = [encode_prompt(tokenizer, chats[i]) for i in going]
+        prompts = [target.encode_prompt(chats[i]) for i in going]
         tagged: list[list[Token]] = [[] for _ in going]
         if rule == "autoregressive":
             outputs, seconds = _autoregressive(target, prompts, max_new_tokens, temperature, seed)

@@ -13,7 +13,6 @@ import torch
 from slipstream.configs.errors import SlipstreamError
 from slipstream.configs.files import write_atomic
 from slipstream.configs.progress import console
-from slipstream.data.template import encode_prompt
 from slipstream.decode.evaluate import BASELINES, by_task, identical_outputs, result_rows
 from slipstream.decode.fidelity import agreement, likelihood, measure_likelihood, regret_quantiles
 from slipstream.decode.plan import Contender, measure
@@ -47,6 +46,7 @@ def header(target: Target, draft: str, seed: int) -> dict[str, Any]:
         "draft": draft,
         "device": device,
         "dtype": str(target.dtype).removeprefix("torch."),
+        "think": target.think,
         "date": time.strftime("%Y-%m-%d"),
         "versions": versions(),
         "seed": seed,
@@ -91,6 +91,7 @@ def evaluate(decoders: Mapping[str, Decoder], rows: Sequence[Row], plan: Plan, o
     begun = {
         "target": target.name,
         "dtype": str(target.dtype),
+        "think": target.think,
         "drafts": {name: _digest([d.policy.to_dict(), fingerprint(d.drafter)]) for name, d in decoders.items()},
         "prompts": _digest([[row["task"], row["turns"]] for row in rows]),
         **{k: v for k, v in json.loads(json.dumps(asdict(plan))).items() if k != "score"},
@@ -166,7 +167,7 @@ def answer_lines(
 def _check_lengths(target: Target, rows: Sequence[Row]) -> None:
     """A prompt that does not fit fails before anything runs."""
     for row in rows:
-        length = len(encode_prompt(target.chat_tokenizer, [{"role": "user", "content": row["turns"][0]}]))
+        length = len(target.encode_prompt([{"role": "user", "content": row["turns"][0]}]))
         if length >= target.context:
             raise SlipstreamError(
                 f"{row['place']}: the prompt has {length} tokens, the context of {target.name} is {target.context}"

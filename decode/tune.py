@@ -18,7 +18,6 @@ from torch import Tensor
 
 from slipstream.configs.errors import SlipstreamError
 from slipstream.configs.progress import progress
-from slipstream.data.template import encode_prompt
 from slipstream.decode.budget import Point
 from slipstream.decode.costs import PROBES, measure_costs
 from slipstream.decode.engine import Decoder
@@ -128,6 +127,7 @@ def tune(
         "budget": str(budget),
         "prompts": len(others),
         "max_new_tokens": max_new_tokens,
+        "think": decoder.target.think,
         "exact": again[0].to_dict(chosen is again[0]),
         "chosen": chosen.to_dict(True),
         "confirmed_over_predicted": {
@@ -144,7 +144,7 @@ def tune(
 def _prompt(decoder: Decoder, row: dict[str, Any]) -> Tensor:
     """The first turn of a prompt row, [1, n]."""
     messages = [{"role": "user", "content": row["turns"][0]}]
-    return torch.tensor([encode_prompt(decoder.target.chat_tokenizer, messages)], device=decoder.target.device)
+    return torch.tensor([decoder.target.encode_prompt(messages)], device=decoder.target.device)
 
 
 def _record(decoder: Decoder, prompts: Sequence[dict[str, Any]], path: Path, max_new_tokens: int) -> None:

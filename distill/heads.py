@@ -89,6 +89,17 @@ def locate(draft: str | Path) -> Path:
     return fetch(str(draft))
 
 
+def trained_think(draft: str | Path) -> bool | None:
+    """What the chat template was told about thinking where a head was trained; None where it was told nothing.
+
+    So it is where the folder does not say, and where it holds no head.
+    """
+    provenance = locate(draft) / "provenance.json"
+    trained = json.loads(provenance.read_text()) if provenance.is_file() else {}
+    think: bool | None = trained.get("recipe", {}).get("data", {}).get("think")
+    return think
+
+
 def is_head(folder: Path) -> bool:
     """Whether a folder is to be read as a draft head rather than as a causal LM."""
     try:

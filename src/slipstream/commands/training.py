@@ -124,7 +124,9 @@ def train(recipe: Recipe, out: Path) -> None:
     accelerator = start(recipe.train, out)
     store = None
     with accelerator.main_process_first():  # what it converts and tokenizes, the others find in caches
-        target = load_target(recipe.target.name, dtype=recipe.target.dtype, adapter=recipe.target.adapter)
+        target = load_target(
+            recipe.target.name, dtype=recipe.target.dtype, adapter=recipe.target.adapter, think=recipe.data.think
+        )
         target, head = _begin(recipe, target)
         if recipe.data.features is None:
             tokens = load(recipe.data, target.chat_tokenizer)
