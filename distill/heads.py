@@ -15,7 +15,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from slipstream.configs.errors import SlipstreamError
 from slipstream.configs.files import folder_atomic
 from slipstream.distill.draft import DraftConfig, DraftHead
-from slipstream.distill.hub import fetch
+from slipstream.distill.hub import commit, fetch
+from slipstream.distill.store import weights_fingerprint
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -66,6 +67,15 @@ def new_head(target: Target, vocabulary: Tensor, settings: HeadSettings, *, seed
             if own:
                 head.lm_head.weight.copy_(output.weight[vocabulary.to(output.weight.device)].float())
     return head
+
+
+def describe_target(target: Target) -> dict[str, str | None]:
+    """What identifies a target, for a head's provenance.
+
+    `target`: its name; `revision`: the hub's commit, where it came from there; `weights`: a fingerprint of the weights as they
+    were loaded, in their dtype and with their adapter.
+    """
+    return {"target": target.name, "revision": commit(target.name), "weights": weights_fingerprint(target)}
 
 
 def save_head(head: DraftHead, folder: Path, provenance: dict[str, Any]) -> None:

@@ -32,7 +32,7 @@ from slipstream.decode.suite import header, sample
 from slipstream.decode.tasks import read_prompts, tuning_prompts
 from slipstream.decode.tree import TreeShape
 from slipstream.decode.tune import tune
-from slipstream.distill.heads import load_head, new_head, save_head
+from slipstream.distill.heads import describe_target, load_head, new_head, save_head
 from slipstream.distill.target import EMBEDDED, EMBEDDED_LICENSE, Target, load_target
 from slipstream.train.trainer import Trainer
 
@@ -127,7 +127,7 @@ class Quickstart:
         rows = trainer.run()
         write_atomic(self.out / "training.json", json.dumps({"curve": rows, "coverage": share}))
         provenance = {
-            "target": target.name,
+            **describe_target(target),
             "conversations": recipe.data.conversations or "shipped with slipstream",
             "recipe": asdict(recipe),
             "seed": recipe.train.seed,
