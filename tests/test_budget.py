@@ -151,7 +151,8 @@ def test_a_row_without_a_reference_is_named_before_anything_is_loaded(decoder, t
 def test_the_command_takes_task_files_and_writes_what_was_kept(
     decoder, referenced, tiny_target_folder, tmp_path: Path, capsys, monkeypatch
 ):
-    monkeypatch.setattr("slipstream.decode.tune.tune.__kwdefaults__", {**tune.__kwdefaults__, "shapes": FEW})
+    few = {"shapes": FEW, "rules": RULES}
+    monkeypatch.setattr("slipstream.decode.tune.tune.__kwdefaults__", {**tune.__kwdefaults__, **few})
     save_head(decoder.drafter.head, tmp_path / "draft", {})
     files = [write(tmp_path, *referenced[:3], name="one"), write(tmp_path, *referenced[3:], GSM8K, name="two")]
     command = ["tune", "--draft", str(tmp_path / "draft"), "--target", str(tiny_target_folder), "--dtype", "float32"]

@@ -16,7 +16,7 @@ from slipstream.cli import main
 from slipstream.configs.errors import SlipstreamError
 from slipstream.decode import suite
 from slipstream.decode.policy import Policy
-from slipstream.decode.tune import tune
+from slipstream.decode.tune import RULES, tune
 from slipstream.distill.heads import save_head, trained_think
 from slipstream.distill.target import Target, load_target
 from slipstream.train.measure import Measure
@@ -101,7 +101,8 @@ def test_generate_asks_likewise(thinker, draft, capsys, given, think):
 
 
 def test_tune_asks_likewise_and_says_so(thinker, draft, asked, monkeypatch):
-    monkeypatch.setattr("slipstream.decode.tune.tune.__kwdefaults__", {**tune.__kwdefaults__, "shapes": FEW})
+    few = {"shapes": FEW, "rules": RULES[:1]}
+    monkeypatch.setattr("slipstream.decode.tune.tune.__kwdefaults__", {**tune.__kwdefaults__, **few})
     assert main(["tune", *options(thinker, draft), "--prompts", str(asked), "--budget", "strict"]) == 0
     assert Policy.load(draft).measured["think"] is False
 
