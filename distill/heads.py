@@ -99,12 +99,9 @@ def locate(draft: str | Path) -> Path:
     return fetch(str(draft))
 
 
-def trained_think(draft: str | Path) -> bool | None:
-    """What the chat template was told about thinking where a head was trained; None where it was told nothing.
-
-    So it is where the folder does not say, and where it holds no head.
-    """
-    provenance = locate(draft) / "provenance.json"
+def trained_think(folder: Path) -> bool | None:
+    """What the chat template was told about thinking where a head was trained; None where nothing, or nobody says."""
+    provenance = folder / "provenance.json"
     trained = json.loads(provenance.read_text()) if provenance.is_file() else {}
     think: bool | None = trained.get("recipe", {}).get("data", {}).get("think")
     return think

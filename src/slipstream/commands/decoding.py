@@ -90,14 +90,15 @@ def _think(think: bool | None, drafts: list[str]) -> bool | None:
     Raises:
         SlipstreamError: If nothing was asked for, and the heads differ.
     """
-    from slipstream.distill.heads import trained_think
+    from slipstream.distill.heads import is_head, locate, trained_think
 
     if think is not None:
         return think
-    told = {draft: trained_think(draft) for draft in drafts if draft not in ("none", "ngram")}
+    folders = {draft: locate(draft) for draft in drafts if draft not in ("none", "ngram")}
+    told = {draft: trained_think(folder) for draft, folder in folders.items() if is_head(folder)}
     if len(set(told.values())) > 1:
         words = ", ".join(f"{draft} with think {json.dumps(value)}" for draft, value in told.items())
-        raise SlipstreamError(f"the heads were trained otherwise, {words}: give --think true or --think false")
+        raise SlipstreamError(f"the heads were trained differently ({words}); give --think true or --think false")
     return next(iter(told.values()), None)
 
 
