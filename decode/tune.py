@@ -275,7 +275,7 @@ def frontier_table(points: Sequence[dict[str, Any]]) -> Table:
     """What was run, for the terminal; the chosen point is marked."""
     ran = [point for point in points if point["confirmed"]]
     scored = "recovery" in ran[0]
-    kept = ["task score kept"] if scored else []
+    kept = ["task score kept (95 %)"] if scored else []
     table = Table("", "policy", "tokens/s", "predicted", "tau", "regret (nats)", "agreement", *kept, box=None)
     for p in ran:
         foreseen = p["predicted_tokens_per_second"]
@@ -287,6 +287,12 @@ def frontier_table(points: Sequence[dict[str, Any]]) -> Table:
             f"{p['acceptance_length']:.2f}",
             f"{p['mean_regret_nats']:.4f}",
             f"{p['agreement']:.2f}",
-            *([f"{p['recovery']:.3f}"] if scored else []),
+            *([_kept(p)] if scored else []),
         )
     return table
+
+
+def _kept(point: dict[str, Any]) -> str:
+    """The share of the exact task score, with its interval."""
+    span = point["recovery_ci95"]
+    return f"{point['recovery']:.3f}" + (f" ({span[0]:.2f}–{span[1]:.2f})" if span else "")
