@@ -86,8 +86,9 @@ def regenerate(
 
     Prompt i is sampled at temperature `i mod len(temperatures)`; `think` goes to the chat template.
     Writes conversations (`Conversation.row`) as JSON lines, resumable to the batch: batches are fixed by the prompts,
-    so that a resumed file holds the same rows as an uninterrupted one. They are answered in an order drawn from the
-    seed, and none is begun once `max_response_tokens` are there.
+    so that a resumed file holds the same rows as an uninterrupted one (in bf16 a row of half a batch is rounded, and
+    soon worded, otherwise). They are answered in an order drawn from the seed, and none is begun once
+    `max_response_tokens` are there.
 
     Raises:
         SlipstreamError: If the template has no generation prompt, or no option to think where `think` is set.

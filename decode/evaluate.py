@@ -13,7 +13,6 @@ from torch import Tensor
 
 from slipstream.configs.errors import SlipstreamError
 from slipstream.configs.progress import progress
-from slipstream.data.template import encode_prompt
 from slipstream.decode.drafters import NoDrafter
 from slipstream.decode.engine import Decoder
 from slipstream.decode.verify import Token, Verifier
@@ -22,6 +21,8 @@ from slipstream.distill.unroll import unroll
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from transformers import PreTrainedTokenizerBase
 
     from slipstream.decode.recorder import Observer
     from slipstream.distill.draft import DraftHead
@@ -84,6 +85,10 @@ class Record:
         self.seconds += times.seconds
         self.target_seconds += times.target
         self.draft_seconds += times.draft
+
+    def texts(self, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+        """The answer to each turn."""
+        return [tokenizer.decode(ids, skip_special_tokens=True) for ids in self.outputs]
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Record:
@@ -163,7 +168,7 @@ def answer_batch(
         going = [i for i, row in enumerate(rows) if turn < len(row["turns"])]
         for i in going:
             chats[i].append({"role": "user", "content": rows[i]["turns"][turn]})
-        prompts = [encode_prompt(tokenizer, chats[i]) for i in going]
+        prompts = [target.encode_prompt(chats[i]) for i in going]
         tagged: list[list[Token]] = [[] for _ in going]
         if rule == "autoregressive":
             outputs, seconds = _autoregressive(target, prompts, max_new_tokens, temperature, seed)
@@ -255,10 +260,13 @@ def interval(base: list[Record], ours: list[Record], seed: int) -> tuple[float, 
 
 
 def mean_interval(values: Sequence[float], weights: Sequence[float], seed: int) -> tuple[float, list[float] | None]:
-    """Sum of `values` over sum of `weights`, one of each per prompt, and the 95 % interval: bootstrap over prompts."""
+    """Sum of `values` over sum of `weights`, one of each per prompt, and the 95 % interval: bootstrap over prompts.
+
+    There is no interval where so few prompts have a weight that a draw of prompts may have none.
+    """
     data = np.array([values, weights], float).T
     sums = _resampled(data, seed)
-    bounds = _bounds(sums[:, 0] / sums[:, 1], 4) if len(data) > 1 else None
+    bounds = _bounds(sums[:, 0] / sums[:, 1], 4) if len(data) > 1 and sums[:, 1].all() else None
     return float(data[:, 0].sum() / data[:, 1].sum()), bounds
 
 

@@ -10,7 +10,6 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from slipstream.configs.progress import progress
-from slipstream.data.template import encode_prompt
 from slipstream.decode.evaluate import mean_interval
 
 if TYPE_CHECKING:
@@ -113,7 +112,7 @@ def _log_likelihood(target: Target, turns: Sequence[str], outputs: Sequence[Sequ
     tokenizer, chat, total = target.chat_tokenizer, [], 0.0
     for turn, output in zip(turns, outputs, strict=True):
         chat.append({"role": "user", "content": turn})
-        prompt = encode_prompt(tokenizer, chat)
+        prompt = target.encode_prompt(chat)
         ids = torch.tensor([[*prompt, *output]], device=target.device)
         rows = torch.arange(len(prompt) - 1, ids.shape[1] - 1, device=target.device)  # row p predicts token p+1
         logits = target.forward(ids, logits_to_keep=rows).logits[0].float()  # [output, V]

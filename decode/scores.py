@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from slipstream.decode.evaluate import Record
+    from slipstream.distill.target import Target
 
 _NUMBER = re.compile(r"(?:(?<![\w)])-)?\$?\d[\d,]*(?:\.\d+)?")
 _FENCE = re.compile(r"```[^\n]*\n(.*?)(?:```|\Z)", re.DOTALL)
@@ -35,24 +36,23 @@ def score(row: dict[str, Any], turns: Sequence[str]) -> dict[str, float]:
     return {"rouge_l": sum(rouge_l(reference, text) for reference, text in pairs) / len(pairs)}
 
 
-def score_records(
-    prompts: Sequence[dict[str, Any]], texts: Sequence[Sequence[Sequence[str]]], groups: Sequence[Sequence[Record]]
-) -> None:
-    """Set `scores` of every record of each group (one record per prompt).
+def score_records(target: Target, prompts: Sequence[dict[str, Any]], groups: Sequence[Sequence[Record]]) -> None:
+    """Set `scores` of every record of each group (one record per prompt); equal answers are scored once.
 
     Args:
+        target: Whose tokens the answers are.
         prompts: Rows that can be scored.
-        texts: The answers as text, by group, prompt and turn. Equal answers are scored once.
         groups: The records.
     """
+    tokenizer = target.chat_tokenizer
     with progress("score", len(prompts), "prompts") as advance:
         for i, row in enumerate(prompts):
-            known: dict[str, dict[str, float]] = {}
-            for group, answers in zip(groups, texts, strict=True):
-                key = str(answers[i])
-                if key not in known:
-                    known[key] = score(row, answers[i])
-                group[i].scores = known[key]
+            known: dict[tuple[str, ...], dict[str, float]] = {}
+            for group in groups:
+                texts = tuple(group[i].texts(tokenizer))
+                if texts not in known:
+                    known[texts] = score(row, texts)
+                group[i].scores = known[texts]
             advance()
 
 
@@ -73,6 +73,12 @@ def score_means(base: Sequence[Record], ours: Sequence[Record], seed: int) -> di
             "mean_output_tokens": round(sum(o.tokens for _, o in pairs) / len(pairs), 2),
         }
     return out
+
+
+def recovery(base: Sequence[Record], ours: Sequence[Record], seed: int) -> tuple[float, list[float] | None]:
+    """The score of `ours`, all prompts together, as a share of that of `base`; and its 95 % interval, paired by prompt."""
+    kept, given = ([sum(r.scores.values()) for r in records] for records in (ours, base))
+    return mean_interval(kept, given, seed)
 
 
 def program(row: dict[str, Any], text: str) -> str:

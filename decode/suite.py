@@ -15,7 +15,6 @@ import torch
 from slipstream.configs.errors import SlipstreamError
 from slipstream.configs.files import write_atomic
 from slipstream.configs.progress import console
-from slipstream.data.template import encode_prompt
 from slipstream.decode.evaluate import BASELINES, by_task, identical_outputs, result_rows
 from slipstream.decode.fidelity import (
     agreement,
@@ -58,6 +57,7 @@ def header(target: Target, draft: str, seed: int) -> dict[str, Any]:
         "draft": draft,
         "device": device,
         "dtype": str(target.dtype).removeprefix("torch."),
+        "think": target.think,
         "date": time.strftime("%Y-%m-%d"),
         "versions": versions(),
         "seed": seed,
@@ -112,6 +112,7 @@ def evaluate(decoders: Mapping[str, Decoder], rows: Sequence[Row], plan: Plan, o
     begun = {
         "target": target.name,
         "dtype": str(target.dtype),
+        "think": target.think,
         "drafts": {name: _digest([d.policy.to_dict(), prints[name]]) for name, d in decoders.items()},
         "prompts": _digest([[row["task"], row["turns"]] for row in rows]),
         **{k: v for k, v in json.loads(json.dumps(asdict(plan))).items() if k != "score"},
@@ -120,7 +121,7 @@ def evaluate(decoders: Mapping[str, Decoder], rows: Sequence[Row], plan: Plan, o
     groups = [group for groups in records.values() for group in groups]
     measure_likelihood(target, rows, groups)
     if plan.score:
-        score_records(rows, [[_texts(target, r) for r in group] for group in groups], groups)
+        score_records(target, rows, groups)
     baseline, *_ = records[plan.settings[0]]
     results = {
         **header(target, ", ".join(decoders), plan.seed),
@@ -157,14 +158,14 @@ def answer_lines(
     records: Mapping[Setting, Groups],
 ) -> str:
     """Spec-Bench's `answers.jsonl`: one line per answer; `model_id` names the rule and what else sets it apart."""
-    target, lines, now = contenders[0].decoder.target, [], time.time()
+    tokenizer, lines, now = contenders[0].decoder.target.chat_tokenizer, [], time.time()
     for setting, groups in records.items():
         for contender, group in zip(contenders, groups, strict=True):
             model = _model(contender, decoders, plan, setting)
             for row, record in zip(rows, group, strict=True):
                 choice = {
                     "index": 0,
-                    "turns": _texts(target, record),
+                    "turns": record.texts(tokenizer),
                     "decoding_steps": record.turn_rounds,
                     "new_tokens": [len(ids) for ids in record.outputs],
                     "wall_time": record.turn_seconds,
@@ -189,7 +190,7 @@ def answer_lines(
 def _check_lengths(target: Target, rows: Sequence[Row]) -> None:
     """A prompt that does not fit fails before anything runs."""
     for row in rows:
-        length = len(encode_prompt(target.chat_tokenizer, [{"role": "user", "content": row["turns"][0]}]))
+        length = len(target.encode_prompt([{"role": "user", "content": row["turns"][0]}]))
         if length >= target.context:
             raise SlipstreamError(
                 f"{row['place']}: the prompt has {length} tokens, the context of {target.name} is {target.context}"
@@ -293,10 +294,6 @@ def _model(contender: Contender, decoders: Mapping[str, Decoder], plan: Plan, se
     heat = f" T={setting.temperature:g}" if len(plan.temperatures) > 1 else ""
     size = f" batch={setting.batch_size}" if len(plan.batch_sizes) > 1 else ""
     return _name(contender, decoders) + heat + size
-
-
-def _texts(target: Target, record: Record) -> list[str]:
-    return [target.chat_tokenizer.decode(ids, skip_special_tokens=True) for ids in record.outputs]
 
 
 def _digest(value: Any) -> str:

@@ -34,7 +34,7 @@ def read_prompts(path: str | Path | None = None, limit: int | None = None) -> li
 
 def tuning_prompts() -> list[Row]:
     """The prompts that ship for tuning; none of them is among those for measuring."""
-    return read_prompts(str(files("slipstream.data") / "prompts_tune.jsonl"))
+    return read_tasks([_SHIPPED.with_name("prompts_tune.jsonl")])
 
 
 def read_tasks(paths: Sequence[Path], limit: int | None = None) -> list[Row]:
@@ -61,8 +61,8 @@ def read_tasks(paths: Sequence[Path], limit: int | None = None) -> list[Row]:
     return out
 
 
-def require_references(rows: Sequence[Row]) -> None:
-    """Make sure that every row of `read_tasks` can be scored.
+def require_references(rows: Sequence[Row], option: str = "--score") -> None:
+    """Make sure that every row of `read_tasks` can be scored, as `option` wants it.
 
     Raises:
         SlipstreamError: If a row has neither a reference per turn nor a test; it is named.
@@ -71,7 +71,7 @@ def require_references(rows: Sequence[Row]) -> None:
         given, wanted = len(row.get("reference", [])), len(row["turns"])
         if "test" not in row and given < wanted:
             what = f"{given} references for {wanted} turns" if given else "no reference"
-            raise SlipstreamError(f'{row["place"]}: {what}; --score needs "reference", one per turn')
+            raise SlipstreamError(f'{row["place"]}: {what}; {option} needs "reference", one per turn')
 
 
 def _limited(file: Path, limit: int | None) -> list[tuple[int, Row]]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import tempfile
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,14 +18,15 @@ from torch import Tensor
 
 from slipstream.configs.errors import SlipstreamError
 from slipstream.configs.progress import progress
-from slipstream.configs.suggest import near
-from slipstream.data.template import encode_prompt
+from slipstream.decode.budget import Point
 from slipstream.decode.costs import PROBES, measure_costs
 from slipstream.decode.engine import Decoder
 from slipstream.decode.evaluate import compare
 from slipstream.decode.fidelity import common_prefix
 from slipstream.decode.recorder import record
 from slipstream.decode.replay import check, cut, judge
+from slipstream.decode.sandbox import isolation
+from slipstream.decode.scores import recovery, score_means, score_records
 from slipstream.decode.speculation import SCHEDULES, Speculation
 from slipstream.decode.trace import Trace
 from slipstream.decode.tree import TreeShape
@@ -34,6 +35,7 @@ from slipstream.decode.verify import Verifier
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from slipstream.decode.budget import Budget
     from slipstream.decode.costs import Costs
     from slipstream.decode.evaluate import Record
     from slipstream.decode.policy import Policy
@@ -66,115 +68,6 @@ COPIES = (3, 5, 8)
 
 _WIDELY = 16  # trees that all rules are tried on
 _RUNS = 3  # points that are run beside the fastest exact one
-KINDS = ("strict", "regret", "agreement", "task")
-
-
-@dataclass(frozen=True)
-class Budget:
-    """What the chosen policy may cost in fidelity.
-
-    Attributes:
-        kind: `strict`, exact decoding; `regret`, nats per token at most; `agreement`, the least share of tokens before
-            the first difference from the exact output.
-        value: The limit; of `strict` it means nothing.
-    """
-
-    kind: str = "strict"
-    value: float = 0.0
-
-    @classmethod
-    def parse(cls, text: str) -> Budget:
-        """`strict`, `regret=0.02` or `agreement=0.98`.
-
-        Raises:
-            SlipstreamError: If it is none of these.
-        """
-        kind, _, number = text.partition("=")
-        if kind not in KINDS:
-            raise SlipstreamError(f"unknown budget {kind!r}{near(kind, KINDS)}")
-        if kind == "task":
-            raise SlipstreamError(
-                "a task budget needs scored answers, which tune does not run; give regret or agreement"
-            )
-        if kind == "strict":
-            if number:
-                raise SlipstreamError(f"the strict budget takes no number, but was given {number}")
-            return cls()
-        try:
-            value = float(number)
-        except ValueError:
-            raise SlipstreamError(f"the budget {kind} needs a number: {kind}=0.02, not {text!r}") from None
-        if not value >= 0 or (kind == "agreement" and value > 1):
-            raise SlipstreamError(f"the budget {kind} is out of range: {value:g}")
-        return cls(kind, value)
-
-    def __str__(self) -> str:
-        return self.kind if self.kind == "strict" else f"{self.kind}={self.value:g}"
-
-    def met(self, point: Point) -> bool:
-        """Whether a point that was run keeps to it; exact decoding is for `strict` alone."""
-        if self.kind == "strict" or point.rule.lossless:
-            return self.kind == "strict" and point.rule.lossless
-        return point.regret <= self.value if self.kind == "regret" else point.agreement >= self.value
-
-
-@dataclass(frozen=True)
-class Point:
-    """A policy and what it gives.
-
-    Attributes:
-        shape: Tree.
-        rule: Verification rule.
-        speed: Tokens per second.
-        tau: Acceptance length.
-        regret: Nats per token.
-        relaxed: Share of tokens that were relaxed.
-        schedule: Of speculation.
-        predicted: Tokens per second foreseen, of a point that was run; None where a trace cannot tell.
-        agreement: Share of tokens before the first difference from the exact output, of a point that was run.
-        confirmed: Whether it was run.
-    """
-
-    shape: TreeShape
-    rule: Verifier
-    speed: float
-    tau: float
-    regret: float
-    relaxed: float
-    schedule: str = "fixed"
-    predicted: float | None = None
-    agreement: float = 1.0
-    confirmed: bool = False
-
-    @property
-    def label(self) -> str:
-        """Rule, tree and schedule in words."""
-        guards = [f"rank {self.rule.rank}"] if self.rule.rank > 2 else []
-        guards += [f"{self.rule.per_round:g} a round"] if self.rule.per_round < float("inf") else []
-        shape = f"depth {self.shape.depth}, top-k {self.shape.top_k}, {self.shape.nodes} nodes"
-        shape += f" and {self.shape.copied} copied" if self.shape.copied else ""
-        words = [self.rule.label, *guards, shape, *([self.schedule] if self.schedule != "fixed" else [])]
-        return ", ".join(words)
-
-    def apply(self, policy: Policy) -> Policy:
-        """The policy with this point's tree and schedule, and its rule as the relaxed one if it is one."""
-        relaxed = policy.relaxed if self.rule.lossless else self.rule
-        return replace(policy, tree=self.shape, relaxed=relaxed, speculation=Speculation(self.schedule))
-
-    def to_dict(self, chosen: bool) -> dict[str, Any]:
-        """As the report and `decode.json` have it."""
-        return {
-            "label": self.label,
-            "tokens_per_second": round(self.speed, 2),
-            "predicted_tokens_per_second": None if self.predicted is None else round(self.predicted, 2),
-            "acceptance_length": round(self.tau, 3),
-            "mean_regret_nats": round(self.regret, 5),
-            "relaxed_share": round(self.relaxed, 4),
-            "agreement": round(self.agreement, 4) if self.confirmed else None,
-            "lossless": self.rule.lossless,
-            "confirmed": self.confirmed,
-            "chosen": chosen,
-        }
 
 
 def tune(
@@ -191,7 +84,8 @@ def tune(
 
     Args:
         decoder: Target and draft; its policy is the starting point.
-        prompts: Held-out prompt rows; every other one is recorded, the rest are run.
+        prompts: Held-out prompt rows; every other one is recorded, the rest are run. For a task budget they must have
+            references.
         budget: Of fidelity.
         max_new_tokens: Per turn.
         trace: Where to keep the trace; one that is there is taken as it is.
@@ -202,10 +96,13 @@ def tune(
         The tuned policy, and the frontier: predicted points that no other beats in speed and regret, and those run.
 
     Raises:
-        SlipstreamError: If nothing that was run is within the budget; the nearest point is named.
+        SlipstreamError: If nothing that was run is within the budget (the nearest point is named); or, under a task budget,
+            if programs cannot be scored here or exact decoding scores 0.
     """
     if len(prompts) < 2:
         raise SlipstreamError("tuning needs at least 2 prompts: one half is recorded, the other is run")
+    score = budget.kind == "task"
+    sandbox = isolation() if score and any("test" in row for row in prompts) else None  # or an error, before the work
     with tempfile.TemporaryDirectory() as folder:
         path = trace or Path(folder) / "trace.arrow"
         if not path.is_file():
@@ -215,20 +112,22 @@ def tune(
         costs = measure_costs(decoder, [_prompt(decoder, row) for row in prompts])
         points = predict(recorded, costs, shapes, rules)
     best, others = frontier(points), prompts[1::2]
-    ran = _run(decoder, _candidates(points, best, budget), others, max_new_tokens)
-    first, fixed = ran[0], _choose(ran, budget)
+    ran = _run(decoder, _candidates(points, best, budget), others, max_new_tokens, score)
+    first, fixed = ran[0], budget.choose(ran)
     assert first.predicted and fixed.predicted
     paired = [fixed] if fixed.rule.lossless else [first, fixed]
     # What a trace does not tell is run: schedules, and copies from the text.
     further = [replace(fixed, schedule=name) for name in SCHEDULES if name != "fixed"]
     further += [replace(fixed, shape=replace(fixed.shape, copied=count)) for count in COPIES]
-    again = _run(decoder, [*paired, *(replace(p, predicted=None) for p in further)], others, max_new_tokens)
-    chosen = _choose(again, budget)
+    further = [*paired, *(replace(point, predicted=None) for point in further)]
+    again = _run(decoder, further, others, max_new_tokens, score)
+    chosen = budget.choose(again)
     ran = [point for point in ran if point not in paired] + again
     measured = {
         "budget": str(budget),
         "prompts": len(others),
         "max_new_tokens": max_new_tokens,
+        "think": decoder.target.think,
         "exact": again[0].to_dict(chosen is again[0]),
         "chosen": chosen.to_dict(True),
         "confirmed_over_predicted": {
@@ -236,6 +135,7 @@ def tune(
             "chosen": round(fixed.speed / fixed.predicted, 3),
         },
         "costs": asdict(costs),
+        **({"sandbox": sandbox.to_dict()} if sandbox else {}),
     }
     rows = [*(point.to_dict(False) for point in best), *(point.to_dict(point is chosen) for point in ran)]
     return replace(chosen.apply(decoder.policy), measured=measured), rows
@@ -244,7 +144,7 @@ def tune(
 def _prompt(decoder: Decoder, row: dict[str, Any]) -> Tensor:
     """The first turn of a prompt row, [1, n]."""
     messages = [{"role": "user", "content": row["turns"][0]}]
-    return torch.tensor([encode_prompt(decoder.target.chat_tokenizer, messages)], device=decoder.target.device)
+    return torch.tensor([decoder.target.encode_prompt(messages)], device=decoder.target.device)
 
 
 def _record(decoder: Decoder, prompts: Sequence[dict[str, Any]], path: Path, max_new_tokens: int) -> None:
@@ -333,12 +233,19 @@ def _candidates(points: Sequence[Point], best: Sequence[Point], budget: Budget) 
 
 
 def _run(
-    decoder: Decoder, points: Sequence[Point], prompts: Sequence[dict[str, Any]], max_new_tokens: int
+    decoder: Decoder, points: Sequence[Point], prompts: Sequence[dict[str, Any]], max_new_tokens: int, score: bool
 ) -> list[Point]:
     """The points as they turn out in real runs; the first is exact."""
     variants = [Decoder(decoder.target, decoder.drafter, point.apply(decoder.policy)) for point in points]
     pairs = [(variant, point.rule) for variant, point in zip(variants, points, strict=True)]
     records = compare(pairs, prompts, max_new_tokens=max_new_tokens, label="confirm")
+    if score:
+        score_records(decoder.target, prompts, records)
+        if not any(sum(record.scores.values()) for record in records[0]):
+            raise SlipstreamError(
+                f"exact decoding scores 0 on all {len(prompts)} prompts that were run: there is nothing to keep; give "
+                "prompts that the target answers rightly, more --max_new_tokens, or another budget"
+            )
     return [_confirmed(point, group, records[0]) for point, group in zip(points, records, strict=True)]
 
 
@@ -347,7 +254,7 @@ def _confirmed(point: Point, records: Sequence[Record], exact: Sequence[Record])
     lengths = [n for r in records for n in r.accept_lengths]
     same = sum(common_prefix(ours.outputs, theirs.outputs) for ours, theirs in zip(records, exact, strict=True))
     longer = sum(max(ours.tokens, theirs.tokens) for ours, theirs in zip(records, exact, strict=True))
-    return replace(
+    point = replace(
         point,
         speed=tokens / sum(r.seconds for r in records),
         tau=sum(lengths) / max(1, len(lengths)),
@@ -357,41 +264,35 @@ def _confirmed(point: Point, records: Sequence[Record], exact: Sequence[Record])
         agreement=same / max(1, longer),
         confirmed=True,
     )
-
-
-def _choose(ran: Sequence[Point], budget: Budget) -> Point:
-    """The fastest point that was run and keeps to the budget.
-
-    Raises:
-        SlipstreamError: If there is none; the nearest is named.
-    """
-    within = [point for point in ran if budget.met(point)]
-    if within:
-        return max(within, key=lambda point: point.speed)
-    relaxed = [point for point in ran if not point.rule.lossless]
-    near_by = min(
-        relaxed, key=lambda point: (point.regret if budget.kind == "regret" else -point.agreement, -point.speed)
-    )
-    found = f"{near_by.regret:.4f} nats" if budget.kind == "regret" else f"{near_by.agreement:.3f}"
-    raise SlipstreamError(
-        f"no relaxed policy keeps to {budget} here; the nearest has {found}: {near_by.label}. "
-        "Give that budget, or --budget strict"
-    )
+    scores = score_means(exact, records, seed=0)
+    if not scores:
+        return point
+    kept, span = recovery(exact, records, seed=0)
+    return replace(point, recovery=kept, recovery_ci95=span, scores=scores)
 
 
 def frontier_table(points: Sequence[dict[str, Any]]) -> Table:
     """What was run, for the terminal; the chosen point is marked."""
-    table = Table("", "policy", "tokens/s", "predicted", "tau", "regret (nats)", "agreement", box=None)
-    for p in points:
-        if p["confirmed"]:
-            foreseen = p["predicted_tokens_per_second"]
-            table.add_row(
-                "*" if p["chosen"] else "",
-                p["label"],
-                f"{p['tokens_per_second']:.1f}",
-                "-" if foreseen is None else f"{foreseen:.1f}",
-                f"{p['acceptance_length']:.2f}",
-                f"{p['mean_regret_nats']:.4f}",
-                f"{p['agreement']:.2f}",
-            )
+    ran = [point for point in points if point["confirmed"]]
+    scored = "recovery" in ran[0]
+    kept = ["task score kept (95 %)"] if scored else []
+    table = Table("", "policy", "tokens/s", "predicted", "tau", "regret (nats)", "agreement", *kept, box=None)
+    for p in ran:
+        foreseen = p["predicted_tokens_per_second"]
+        table.add_row(
+            "*" if p["chosen"] else "",
+            p["label"],
+            f"{p['tokens_per_second']:.1f}",
+            "-" if foreseen is None else f"{foreseen:.1f}",
+            f"{p['acceptance_length']:.2f}",
+            f"{p['mean_regret_nats']:.4f}",
+            f"{p['agreement']:.2f}",
+            *([_kept(p)] if scored else []),
+        )
     return table
+
+
+def _kept(point: dict[str, Any]) -> str:
+    """The share of the exact task score, with its interval."""
+    span = point["recovery_ci95"]
+    return f"{point['recovery']:.3f}" + (f" ({span[0]:.2f}–{span[1]:.2f})" if span else "")

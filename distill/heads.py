@@ -15,7 +15,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from slipstream.configs.errors import SlipstreamError
 from slipstream.configs.files import folder_atomic
 from slipstream.distill.draft import DraftConfig, DraftHead
-from slipstream.distill.hub import fetch
+from slipstream.distill.hub import commit, fetch
+from slipstream.distill.store import weights_fingerprint
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -68,6 +69,15 @@ def new_head(target: Target, vocabulary: Tensor, settings: HeadSettings, *, seed
     return head
 
 
+def describe_target(target: Target) -> dict[str, str | None]:
+    """What identifies a target, for a head's provenance.
+
+    `target`: its name; `revision`: the hub's commit, where it came from there; `weights`: a fingerprint of the weights as they
+    were loaded, in their dtype and with their adapter.
+    """
+    return {"target": target.name, "revision": commit(target.name), "weights": weights_fingerprint(target)}
+
+
 def save_head(head: DraftHead, folder: Path, provenance: dict[str, Any]) -> None:
     """Write config, weights and provenance, all or nothing."""
     with folder_atomic(folder) as temporary:
@@ -87,6 +97,14 @@ def locate(draft: str | Path) -> Path:
     if str(draft).count("/") != 1:
         raise SlipstreamError(f"draft head {str(draft)!r} does not exist")
     return fetch(str(draft))
+
+
+def trained_think(folder: Path) -> bool | None:
+    """What the chat template was told about thinking where a head was trained; None where nothing, or nobody says."""
+    provenance = folder / "provenance.json"
+    trained = json.loads(provenance.read_text()) if provenance.is_file() else {}
+    think: bool | None = trained.get("recipe", {}).get("data", {}).get("think")
+    return think
 
 
 def is_head(folder: Path) -> bool:

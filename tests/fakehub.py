@@ -40,7 +40,7 @@ class FakeHub(ThreadingHTTPServer):
         self.thread.join()
 
 
-def _revision(files: Repository) -> str:
+def revision(files: Repository) -> str:
     """A commit's hash: of what it holds."""
     return hashlib.sha1(repr(sorted(files.items())).encode()).hexdigest()
 
@@ -76,9 +76,7 @@ class _Handler(BaseHTTPRequestHandler):
             files = self.server.repos[name]
             if kind == "tree":
                 return self._send([_entry(file, content) for file, content in files.items()])
-            return self._send(
-                {"id": name, "sha": _revision(files), "siblings": [{"rfilename": file} for file in files]}
-            )
+            return self._send({"id": name, "sha": revision(files), "siblings": [{"rfilename": file} for file in files]})
         found = re.fullmatch(r"/([^/]+/[^/]+)/resolve/[^/]+/(.+)", path)
         if found is None or found[1] not in self.server.repos:
             return self._missing("RepoNotFound")
@@ -86,7 +84,7 @@ class _Handler(BaseHTTPRequestHandler):
         if found[2] not in files:
             return self._missing("EntryNotFound")
         content = files[found[2]]
-        headers = {"ETag": f'"{hashlib.sha1(content).hexdigest()}"', "X_Repo_Commit": _revision(files)}
+        headers = {"ETag": f'"{hashlib.sha1(content).hexdigest()}"', "X_Repo_Commit": revision(files)}
         return self._send(content, **headers)
 
     def do_HEAD(self) -> None:
@@ -117,8 +115,8 @@ class _Handler(BaseHTTPRequestHandler):
         for line in map(json.loads, body.splitlines()):
             if line["key"] == "file":
                 self.server.repos[name][line["value"]["path"]] = base64.b64decode(line["value"]["content"])
-        revision = _revision(self.server.repos[name])
-        return self._send({"commitUrl": f"{self.server.url}/{name}/commit/{revision}", "commitOid": revision})
+        commit = revision(self.server.repos[name])
+        return self._send({"commitUrl": f"{self.server.url}/{name}/commit/{commit}", "commitOid": commit})
 
 
 def _entry(file: str, content: bytes) -> dict[str, Any]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from fakehub import FakeHub
+from fakehub import FakeHub, revision
 from huggingface_hub import ModelCard, constants, hf_api
 from test_report import row
 from tiny import tiny_head
@@ -22,11 +23,12 @@ from slipstream.decode.policy import Policy
 from slipstream.decode.tree import TreeShape
 from slipstream.distill.draft import DraftConfig, DraftHead
 from slipstream.distill.heads import load_head, save_head
+from slipstream.distill.inspection import inspect_head
+from slipstream.distill.store import weights_fingerprint
 from slipstream.distill.target import EMBEDDED, load_target
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
 RESULTS = {
     "target": "tiny", "draft": "draft", "device": "cpu", "dtype": "float32", "date": "2026-11-21",
@@ -207,6 +209,28 @@ def test_a_trained_head_has_a_card_that_waits_for_figures(tiny_target_folder, tm
     text = (tmp_path / "run" / "draft" / "README.md").read_text()
     assert "Not measured yet" in text
     assert ModelCard(text).data.library_name == "slipstream"
+
+
+def test_a_trained_head_says_what_identifies_its_target_and_inspect_shows_it(hub, tiny_target_folder, tmp_path, capsys):
+    files = {file.name: file.read_bytes() for file in tiny_target_folder.iterdir()}
+    hub.repos["me/small"] = files
+    talk = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo hello Yo"}]}
+    (tmp_path / "talks.jsonl").write_text((json.dumps(talk) + "\n") * 4)
+    told = {}
+    for name in ("me/small", str(tiny_target_folder)):
+        out = tmp_path / Path(name).name
+        arguments = ["--target.name", name, "--data.conversations", tmp_path / "talks.jsonl", "--out", out]
+        assert main(["train", *map(str, arguments), "--train.max_steps", "1", "--head.draft_vocab_size", "64"]) == 0
+        told[name] = json.loads((out / "draft" / "provenance.json").read_text())
+    ours, local = told["me/small"], told[str(tiny_target_folder)]
+    assert (ours["target"], ours["revision"], local["revision"]) == ("me/small", revision(files), None)
+    assert ours["weights"] == local["weights"] == weights_fingerprint(load_target(str(tiny_target_folder)))
+    capsys.readouterr()
+    assert main(["inspect", str(tmp_path / "small" / "draft")]) == 0
+    shown = capsys.readouterr().out
+    assert ours["revision"] in shown
+    assert ours["weights"] in shown
+    assert inspect_head(tmp_path / "tiny" / "draft").facts["target's revision"] == "not recorded"
 
 
 def test_a_head_on_the_hub_is_not_tuned_in_its_cache(capsys):

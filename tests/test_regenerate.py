@@ -112,6 +112,28 @@ def test_other_thinking_is_another_run_and_needs_a_template_that_knows_of_it(tmp
         answered(loaded, tmp_path / "others.jsonl", think=True)
 
 
+def test_a_killed_run_loses_at_most_the_batch_in_hand_and_ends_with_the_same_rows(tmp_path, tiny_target_folder):
+    prompts, out, whole = (tmp_path / name for name in ("prompts.jsonl", "talks.jsonl", "whole.jsonl"))
+    rows = [{**PROMPTS[i % 7], "question_id": f"q-{i}"} for i in range(28)]
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = ["regenerate", "--target", str(tiny_target_folder), "--prompts", str(prompts), "--batch_size", "4"]
+    command += ["--temperatures", "0.0", "0.7", "--max_new_tokens", "24"]
+    child = subprocess.Popen([sys.executable, "-m", "slipstream.cli", *command, "--out", str(out)])
+    while not out.exists() or out.stat().st_size < 3000:
+        assert child.poll() is None
+        time.sleep(0.005)
+    child.send_signal(signal.SIGKILL)
+    assert child.wait() == -signal.SIGKILL
+    kept = [line for line in out.read_bytes().split(b"\n")[:-1] if line]
+    assert 4 <= len(kept) < 28
+    assert main([*command, "--out", str(out)]) == 0
+    assert main([*command, "--out", str(whole)]) == 0
+    written = len(kept) // 4 * 4  # a batch is written at once: at most its last is torn
+    assert out.read_bytes().split(b"\n")[:written] == kept[:written]
+    assert rows_of(out) == rows_of(whole)
+    assert len(rows_of(whole)) == 28
+
+
 # --- behind a server ---
 
 

@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_tasks import HUMANEVAL
+from tiny import tiny_target
 
 from slipstream.data.template import encode_prompt
 from slipstream.decode.engine import Decoder
@@ -25,9 +26,9 @@ from slipstream.decode.fidelity import (
     regret_quantiles,
     relaxed_margins,
 )
-from slipstream.decode.scores import final_number, rouge_l, score, score_means, score_records
+from slipstream.decode.scores import final_number, recovery, rouge_l, score, score_means, score_records
 from slipstream.decode.verify import Token
-from slipstream.distill.target import load_target
+from slipstream.distill.target import Target, load_target
 
 
 def record(*outputs: list[int], **values: Any) -> Record:
@@ -121,13 +122,29 @@ def test_score_means_stand_beside_lengths_and_differences():
     assert means["final_number"]["difference"] == 0
 
 
-def test_equal_answers_are_scored_once(monkeypatch):
+def test_equal_answers_are_scored_once(monkeypatch, tiny_tokenizer):
     asked = []
     monkeypatch.setattr("slipstream.decode.scores.score", lambda row, turns: asked.append(turns) or {"s": 1.0})
-    groups = [[record([1])], [record([1])], [record([2])]]
-    score_records([{}], [[["a"]], [["a"]], [["b"]]], groups)
-    assert asked == [["a"], ["b"]]
+    hi, yo = (tiny_tokenizer(text)["input_ids"] for text in ("Hi", "Yo"))
+    groups = [[record(hi, yo)], [record([*hi, tiny_tokenizer.eos_token_id], yo)], [record(yo, yo)]]
+    target = Target(tiny_target().model, tiny_tokenizer)
+    score_records(target, [{}], groups)
+    assert asked == [("Hi", "Yo"), ("Yo", "Yo")]
     assert all(group[0].scores == {"s": 1.0} for group in groups)
+
+
+def test_what_is_kept_of_a_score_is_a_share_of_all_points_scored():
+    exact = [record([1], scores={"pass@1": 1.0}) for _ in range(30)] + [record([1], scores={"rouge_l": 0.5})] * 20
+    ours = [record([1], scores={"pass@1": 0.0})] * 3 + exact[3:]
+    kept, (low, high) = recovery(exact, ours, 0)
+    assert kept == (27 + 20 * 0.5) / (30 + 20 * 0.5)
+    assert low < kept < high <= 1.0
+    assert recovery(exact, exact, 0) == (1.0, [1.0, 1.0])
+
+
+def test_few_prompts_with_a_score_give_no_interval():
+    exact = [record([1], scores={"pass@1": float(i == 0)}) for i in range(9)]
+    assert recovery(exact, exact, 0) == (1.0, None)
 
 
 def test_an_interval_covers_the_mean_as_often_as_it_says():

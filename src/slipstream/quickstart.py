@@ -19,8 +19,8 @@ from slipstream.data.batches import Batches
 from slipstream.data.conversations import load
 from slipstream.data.regenerate import regenerate
 from slipstream.data.synthesize import self_prompts, topic_prompts
-from slipstream.data.template import encode_prompt
 from slipstream.data.vocabulary import coverage, draft_vocabulary
+from slipstream.decode.budget import Budget
 from slipstream.decode.card import write_card
 from slipstream.decode.drafters import HeadDrafter
 from slipstream.decode.engine import Decoder
@@ -32,8 +32,8 @@ from slipstream.decode.signals import signal_samples
 from slipstream.decode.suite import header, judged_rows, sample, sampled
 from slipstream.decode.tasks import read_prompts, tuning_prompts
 from slipstream.decode.tree import TreeShape
-from slipstream.decode.tune import Budget, tune
-from slipstream.distill.heads import load_head, new_head, save_head
+from slipstream.decode.tune import tune
+from slipstream.distill.heads import describe_target, load_head, new_head, save_head
 from slipstream.distill.target import EMBEDDED, EMBEDDED_LICENSE, Target, load_target
 from slipstream.train.trainer import Trainer
 
@@ -96,6 +96,7 @@ class Quickstart:
             temperatures=[0.0, 0.7, 1.0],
             max_new_tokens=320,
             seed=seed,
+            think=self.recipe.data.think,
             out=file,
         )
         return str(file)
@@ -127,7 +128,7 @@ class Quickstart:
         rows = trainer.run()
         write_atomic(self.out / "training.json", json.dumps({"curve": rows, "coverage": share}))
         provenance = {
-            "target": target.name,
+            **describe_target(target),
             "conversations": recipe.data.conversations or "shipped with slipstream",
             "recipe": asdict(recipe),
             "seed": recipe.train.seed,
@@ -174,7 +175,7 @@ class Quickstart:
 
     def identity(self, head_folder: Path, target_name: str) -> dict[str, Any]:
         """fp32 on every held-out prompt: exact against `generate`, and measured against simulated chain tau."""
-        target = load_target(target_name, dtype=torch.float32)
+        target = load_target(target_name, dtype=torch.float32, think=self.recipe.data.think)
         head = load_head(head_folder)
         decoder = Decoder(target, HeadDrafter(head, target), Policy.load(head_folder))
         rules = ("autoregressive", "exact")
@@ -182,9 +183,8 @@ class Quickstart:
         steps = self.recipe.distill.steps
         chain = Decoder(target, HeadDrafter(head, target), Policy(tree=TreeShape(steps, 1, steps + 1)))
         chained = run(chain, ("exact",), self.prompts, max_new_tokens=self.new_tokens // 2, label="chain in fp32")[0]
-        tokenizer = target.chat_tokenizer
         answers = [
-            (encode_prompt(tokenizer, [{"role": "user", "content": row["turns"][0]}]), record.outputs[0])
+            (target.encode_prompt([{"role": "user", "content": row["turns"][0]}]), record.outputs[0])
             for row, record in zip(self.prompts, records[0], strict=True)
         ]
         lengths = [n for record in chained for n in record.accept_lengths]
@@ -281,7 +281,7 @@ def quickstart(out: Path = Path("runs/quickstart"), minutes: float = 12.0, fresh
         console.print(f"this run is finished; nothing was changed. Report: {out / 'report.html'}")
         console.print(results_table(results))
         return
-    target = load_target(EMBEDDED)
+    target = load_target(EMBEDDED, think=job.recipe.data.think)
     job.train(target)
     head = load_head(out / "draft", dtype=target.dtype)
     if not (out / "frontier.json").is_file():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Literal
@@ -22,6 +23,7 @@ def generate(
     seed: int = 0,
     dtype: Dtype = "bfloat16",
     schedule: Schedule | None = None,
+    think: bool | None = None,
     compiled: bool = False,
     quiet: bool = False,
 ) -> None:
@@ -38,6 +40,8 @@ def generate(
         seed: Of the draws.
         dtype: Of target and draft.
         schedule: How the tree changes from round to round; default: as in the head's decode.json.
+        think: Whether answers think before they speak, for templates with `enable_thinking`; default: as the head was
+            trained.
         compiled: Run the target through torch.compile: minutes at first, then faster on long texts.
         quiet: Only the text: no colours, no line of statistics.
     """
@@ -46,7 +50,6 @@ def generate(
     import torch
 
     import slipstream
-    from slipstream.data.template import encode_prompt
     from slipstream.decode.speculation import Speculation
     from slipstream.decode.stream import TagStream
 
@@ -55,7 +58,8 @@ def generate(
         prompt = sys.stdin.read().strip()
         if not prompt:
             raise SlipstreamError("no prompt: give --prompt, or write one to standard input")
-    decoder = slipstream.load(target, draft, dtype=dtype, compiled=compiled)
+    loaded = slipstream.load_target(target, dtype=dtype, think=_think(think, [draft]))
+    decoder = slipstream.load(loaded, draft, compiled=compiled)
     if schedule is not None:
         decoder.policy = replace(decoder.policy, speculation=Speculation(schedule))
     tokenizer = decoder.target.chat_tokenizer
@@ -64,7 +68,7 @@ def generate(
         messages.append({"role": "user", "content": message})
         stream = TagStream(tokenizer, plain=quiet or draft == "none")
         out = decoder.generate(
-            torch.tensor([encode_prompt(tokenizer, messages)]),
+            torch.tensor([decoder.target.encode_prompt(messages)]),
             max_new_tokens=max_new_tokens,
             temperature=temperature,
             verify=verify,
@@ -78,6 +82,24 @@ def generate(
             return
         text = tokenizer.decode([token.id for token in out.tokens], skip_special_tokens=True)
         messages.append({"role": "assistant", "content": text})
+
+
+def _think(think: bool | None, drafts: list[str]) -> bool | None:
+    """What the chat template is told: what was asked for, else what it was told where the heads were trained.
+
+    Raises:
+        SlipstreamError: If nothing was asked for, and the heads differ.
+    """
+    from slipstream.distill.heads import is_head, locate, trained_think
+
+    if think is not None:
+        return think
+    folders = {draft: locate(draft) for draft in drafts if draft not in ("none", "ngram")}
+    told = {draft: trained_think(folder) for draft, folder in folders.items() if is_head(folder)}
+    if len(set(told.values())) > 1:
+        words = ", ".join(f"{draft} with think {json.dumps(value)}" for draft, value in told.items())
+        raise SlipstreamError(f"the heads were trained differently ({words}); give --think true or --think false")
+    return next(iter(told.values()), None)
 
 
 def _ask() -> str:
@@ -102,6 +124,7 @@ def evaluate(
     trace: bool = False,
     dtype: Dtype = "bfloat16",
     seed: int = 0,
+    think: bool | None = None,
     card: bool = False,
 ) -> None:
     """Measure rules and heads against transformers' generate: results.json, answers.jsonl, table.md, report.html.
@@ -124,6 +147,7 @@ def evaluate(
         trace: Record every round of every draft and rule into traces/*.arrow; the time that takes is not counted.
         dtype: Of target and head; whether outputs are identical is only claimed in float32.
         seed: Of draws and intervals.
+        think: Whether answers think before they speak; default: as the heads were trained.
         card: Write the measured table into the model card (README.md) of the head's folder as well.
     """
     import slipstream
@@ -144,7 +168,7 @@ def evaluate(
     rows = read_tasks(prompts, limit)
     if score:
         require_references(rows)
-    loaded = slipstream.load_target(target, dtype=dtype)
+    loaded = slipstream.load_target(target, dtype=dtype, think=_think(think, draft))
     decoders = {name: slipstream.load(loaded, name) for name in draft}
     require_figures()
     require_writable(out, 10)
@@ -156,35 +180,43 @@ def evaluate(
 def tune(
     draft: Path,
     target: str = "smollm2-135m-instruct",
-    prompts: Path | None = None,
+    prompts: list[Path] = [],  # noqa: B006 (jsonargparse copies defaults)
     budget: str = "regret=0.02",
     trace: Path | None = None,
     max_new_tokens: int = 96,
     dtype: Dtype = "bfloat16",
+    think: bool | None = None,
 ) -> None:
     """Choose tree, rule and schedule for this device within a budget of fidelity; writes decode.json into the head's folder.
 
     Args:
         draft: The head's folder.
         target: The target model.
-        prompts: JSONL of Spec-Bench rows; default: the tuning prompts that ship with the package.
-        budget: `strict` (exact decoding), `regret=0.02` (nats per token at most), or `agreement=0.98` (the least share of
-            tokens before the first difference from the exact output).
+        prompts: One or several JSONL files of Spec-Bench, HumanEval or GSM8K rows; default: the tuning prompts that ship
+            with the package.
+        budget: `strict` (exact decoding), `regret=0.02` (nats per token at most), `agreement=0.98` (the least share of
+            tokens before the first difference from the exact output), or `task=0.981` (the least share of the exact
+            policy's task score, on prompts with references).
         trace: Where to keep what was recorded; a trace that is there is used, not recorded again.
         max_new_tokens: Per turn.
         dtype: Of target and head.
+        think: Whether answers think before they speak; default: as the head was trained.
     """
     import slipstream
     from slipstream.configs.progress import console
-    from slipstream.decode.tasks import read_prompts, tuning_prompts
-    from slipstream.decode.tune import Budget, frontier_table
+    from slipstream.decode.budget import Budget
+    from slipstream.decode.tasks import read_tasks, require_references, tuning_prompts
+    from slipstream.decode.tune import frontier_table
     from slipstream.decode.tune import tune as search
     from slipstream.distill.heads import check_head
 
     check_head(draft)  # not only on the hub: its folder is written to
     limit = Budget.parse(budget)  # fails before anything runs
-    rows = read_prompts(prompts) if prompts is not None else tuning_prompts()
-    decoder = slipstream.load(target, str(draft), dtype=dtype)
+    rows = read_tasks(prompts) if prompts else tuning_prompts()
+    if limit.kind == "task":
+        require_references(rows, "--budget task")
+    loaded = slipstream.load_target(target, dtype=dtype, think=_think(think, [str(draft)]))
+    decoder = slipstream.load(loaded, draft)
     policy, points = search(decoder, rows, budget=limit, max_new_tokens=max_new_tokens, trace=trace)
     policy.save(draft)
     console.print(frontier_table(points))

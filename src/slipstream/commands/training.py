@@ -108,7 +108,7 @@ def train(recipe: Recipe, out: Path) -> None:
     from slipstream.data.vocabulary import draft_vocabulary
     from slipstream.decode.card import write_card
     from slipstream.distill.adapters import add_lora
-    from slipstream.distill.heads import new_head, save_head
+    from slipstream.distill.heads import describe_target, new_head, save_head
     from slipstream.distill.store import Store
     from slipstream.distill.target import EMBEDDED, EMBEDDED_LICENSE, load_target
     from slipstream.train.launch import start
@@ -124,7 +124,9 @@ def train(recipe: Recipe, out: Path) -> None:
     accelerator = start(recipe.train, out)
     store = None
     with accelerator.main_process_first():  # what it converts and tokenizes, the others find in caches
-        target = load_target(recipe.target.name, dtype=recipe.target.dtype, adapter=recipe.target.adapter)
+        target = load_target(
+            recipe.target.name, dtype=recipe.target.dtype, adapter=recipe.target.adapter, think=recipe.data.think
+        )
         target, head = _begin(recipe, target)
         if recipe.data.features is None:
             tokens = load(recipe.data, target.chat_tokenizer)
@@ -144,7 +146,7 @@ def train(recipe: Recipe, out: Path) -> None:
     rows = trainer.run()
     trained = trainer.result()
     if trained is not None:
-        provenance = {"target": target.name, "recipe": asdict(recipe), "tokens": rows[-1]["tokens"]}
+        provenance = {**describe_target(target), "recipe": asdict(recipe), "tokens": rows[-1]["tokens"]}
         save_head(trained, out / "draft", provenance)
         write_card(out / "draft", target.name, license=EMBEDDED_LICENSE if target.name == EMBEDDED else None)
         print(f"draft head: {out / 'draft'}", file=sys.stderr)
