@@ -21,9 +21,13 @@ class UnrollAttention:
 
     On a CPU the causal part is a flash attention, and the diagonal is merged into it by its log-sum-exp: nothing [L, L] is
     ever held. Padding must stand on the right, where causality alone hides it from the real rows.
+
+    Args:
+        dense: Hold the [L, L + k] scores of the later steps, which runs on any device.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, dense: bool = False) -> None:
+        self._dense = dense
         self._steps: dict[int, tuple[list[Tensor], list[Tensor]]] = {}  # keys and values of a layer
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, layer: int) -> Tensor:
@@ -37,7 +41,7 @@ class UnrollAttention:
         if len(keys) == 1:
             return scaled_dot_product_attention(query, key, value, is_causal=True)
         own = torch.stack(keys[1:]), torch.stack(values[1:])
-        merge = _Merged.apply if query.device.type == "cpu" else attend_densely
+        merge = attend_densely if self._dense else _Merged.apply
         return merge(query, keys[0], values[0], *own)
 
 
