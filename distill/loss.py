@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from slipstream.distill.draft import DraftHead
     from slipstream.distill.relaxation import Relaxation
 
-_CHUNK = 128  # rows; 128 x 8192 fp32 values stay in a CPU's cache
-_TEACHER_CHUNK = 64  # rows, of the target's whole vocabulary
+CHUNK = 128  # rows; 128 x 8192 fp32 values stay in a CPU's cache
+TEACHER_CHUNK = 64  # rows, of the target's whole vocabulary
 
 
 def teacher_from_logits(
@@ -28,9 +28,9 @@ def teacher_from_logits(
     """
     inside = torch.empty(len(logits), len(vocabulary), device=logits.device)
     argmax = torch.empty(len(logits), dtype=torch.long, device=logits.device)
-    buffer = torch.empty(_TEACHER_CHUNK, logits.shape[-1], device=logits.device)
-    for start in range(0, len(logits), _TEACHER_CHUNK):
-        at = slice(start, start + _TEACHER_CHUNK)
+    buffer = torch.empty(TEACHER_CHUNK, logits.shape[-1], device=logits.device)
+    for start in range(0, len(logits), TEACHER_CHUNK):
+        at = slice(start, start + TEACHER_CHUNK)
         chunk = buffer[: len(logits[at])].copy_(logits[at])
         top, argmax[at] = chunk.max(-1)  # on a CPU faster than argmax
         chunk.sub_(top[:, None]).exp_()
@@ -66,8 +66,8 @@ class _ChunkedLoss(torch.autograd.Function):
             torch.zeros_like(x) if needed else None
             for x, needed in zip((hidden, output), ctx.needs_input_grad, strict=False)
         ]
-        for start in range(0, len(hidden), _CHUNK):
-            at = slice(start, start + _CHUNK)
+        for start in range(0, len(hidden), CHUNK):
+            at = slice(start, start + CHUNK)
             logits = torch.mm(x[at], weight.T)
             guess[at] = logits.max(-1).indices
             with torch.set_grad_enabled(wanted):

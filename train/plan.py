@@ -1,0 +1,371 @@
+"""What a recipe takes, before anything runs: memory, disk and FLOPs of its stages, from shapes and the modules themselves.
+
+Not counted: the device's own context, fragmentation, buffers of the communication, decoding by `train.measure_every`.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import AutoModelForCausalLM
+
+from slipstream.configs.errors import SlipstreamError
+from slipstream.data.batches import Batches
+from slipstream.distill.adapters import add_lora
+from slipstream.distill.attention import UnrollAttention
+from slipstream.distill.capture import bytes_per_token
+from slipstream.distill.draft import DraftConfig, DraftHead, layers_read
+from slipstream.distill.heads import check_head, locate, new_head
+from slipstream.distill.loss import CHUNK, TEACHER_CHUNK
+from slipstream.distill.target import DTYPES, Target, target_config
+from slipstream.train.optimizer import make_optimizers
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from datasets import Dataset
+    from torch import Tensor
+
+    from slipstream.configs.recipe import DataSettings, Recipe, TrainSettings
+
+ANSWERS = 160  # rows that `slipstream regenerate` answers at once
+_TEXT = 5  # bytes of a token in a file of conversations
+_OBJECTIVE = 12  # tensors as large as a chunk's logits that an objective and its gradient make
+_SCORES = 4  # tensors as large as a step's scores that dense attention makes beside those it keeps
+_STATE = {torch.optim.AdamW: 8, torch.optim.Muon: 4}  # bytes an optimizer keeps of a weight
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a launch runs on.
+
+    Attributes:
+        kind: `cpu`, or that of the accelerator.
+        memory: Bytes that a process's device has; with `target.device_map`, all of its devices.
+        flops: Per second and process.
+        disk: Bytes that are free where the run is written.
+        processes: Of the launch.
+        zero: Stage of DeepSpeed's ZeRO; 0 without DeepSpeed.
+    """
+
+    kind: str
+    memory: float
+    flops: float
+    disk: float
+    processes: int = 1
+    zero: int = 0
+
+
+@dataclass(frozen=True)
+class Text:
+    """What is learned from.
+
+    Attributes:
+        tokens: Of all conversations.
+        answers: Share of them that is the assistant's.
+        batch: Tokens of a micro-batch, without its padding.
+        counted: Whether it is at hand; otherwise this is so much text as everything is told for.
+    """
+
+    tokens: int
+    answers: float
+    batch: float
+    counted: bool = True
+
+    @classmethod
+    def of(cls, rows: Dataset, data: DataSettings) -> Text:
+        """The text of token rows."""
+        batches = Batches(rows, data.batch_tokens, 0)
+        tokens = int(batches.lengths.sum())
+        return cls(tokens, sum(int(row["mask"].sum()) for row in rows) / tokens, tokens / batches.per_epoch)
+
+    @classmethod
+    def unknown(cls, data: DataSettings) -> Text:
+        """A million tokens, all of them the assistant's."""
+        rows, length = _padded(data)
+        return cls(1_000_000, 1.0, rows * length, counted=False)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of the way from prompts to a head.
+
+    Attributes:
+        name: What it is called.
+        used: Whether the recipe goes this way.
+        held: Bytes on the device of a process from beginning to end, by what takes them.
+        passing: Bytes beside these that come and go one after the other; the most counts.
+        disk: Bytes written.
+        seconds: FLOPs over the speed of the devices: it takes no less.
+    """
+
+    name: str
+    used: bool
+    held: dict[str, int]
+    passing: dict[str, int]
+    disk: int
+    seconds: float
+
+    @property
+    def memory(self) -> int:
+        """Bytes on the device of a process at the worst moment."""
+        return sum(self.held.values()) + max(self.passing.values())
+
+
+def outline(recipe: Recipe) -> tuple[Target, DraftHead]:
+    """A recipe's target and head without weights, on the meta device, from their configs alone.
+
+    Raises:
+        SlipstreamError: If there is no such target, or no such head to go on from.
+    """
+    name, settings = recipe.target.name, recipe.head
+    config = target_config(name)
+    try:
+        with torch.device("meta"):
+            target = Target(AutoModelForCausalLM.from_config(config, dtype=DTYPES[recipe.target.dtype]), name=name)
+    except ValueError as error:
+        raise SlipstreamError(f"target {name!r} is no causal language model: {str(error).splitlines()[0]}") from error
+    with torch.device("meta"):
+        if settings.init is None:
+            target = target.reading(layers_read(settings.kind, target))
+            vocabulary = torch.arange(min(settings.draft_vocab_size, target.vocab_size))
+            return target, new_head(target, vocabulary, settings, seed=0)
+        folder = locate(settings.init)
+        check_head(folder)
+        head = DraftHead(DraftConfig.from_pretrained(folder))
+        head.borrow(target)
+        if settings.lora_rank is not None:
+            add_lora(head, settings.lora_rank)
+    return target.reading(head.layer_ids), head
+
+
+def stages(recipe: Recipe, target: Target, head: DraftHead, text: Text, machine: Machine) -> list[Stage]:
+    """Every stage on this machine; training both with the target beside it and from a store.
+
+    Args:
+        recipe: All settings.
+        target: From `outline`.
+        head: From `outline`.
+        text: What is learned from.
+        machine: What it runs on.
+    """
+    stored = recipe.data.features is not None
+    whole = {"target": size_of(target.model.parameters())}
+    ends = {"target's ends": size_of(p for module in target.ends for p in module.parameters())}
+    forward, states = forward_flops(target, recipe.data.max_length), forward_bytes(target, recipe.data)
+    seen, captured = _seen(recipe, text, machine)
+    learning = seen * step_flops(recipe, target, head, text.answers)
+    trained = train_bytes(head, recipe.train, machine)
+    unrolled = _unrolled(recipe, target, head, machine.kind)
+    disk, speed = _written(head, recipe.train), machine.flops * machine.processes
+    kept = {}
+    if recipe.distill.keep_features and recipe.data.batches is not None:
+        kept = {"kept features": round(recipe.data.batches * text.batch) * _captured(target)}
+    learned_from = ends if recipe.train.measure_every is None else whole
+    return [
+        Stage(
+            "regenerate",
+            used=not text.counted,
+            held=whole,
+            passing=_caches(target, recipe.data),
+            disk=text.tokens * _TEXT,
+            seconds=text.tokens * forward / machine.flops,
+        ),
+        Stage(
+            "capture",
+            used=stored and not text.counted,
+            held=whole,
+            passing=states,
+            disk=text.tokens * bytes_per_token(target, "bfloat16"),
+            seconds=text.tokens * forward / speed,
+        ),
+        Stage(
+            "train online",
+            used=not stored,
+            held={**whole, **trained, **kept},
+            passing={**states, **unrolled},
+            disk=disk,
+            seconds=(captured * forward + learning) / speed,
+        ),
+        Stage(
+            "train from a store",
+            used=stored,
+            held={**learned_from, **trained},
+            passing=unrolled,
+            disk=disk,
+            seconds=learning / speed,
+        ),
+    ]
+
+
+def shortages(recipe: Recipe, plan: Sequence[Stage], machine: Machine) -> list[str]:
+    """What of the stages that are used does not fit, and what would make it smaller."""
+    advice = {
+        "target": "target.device_map auto, or a store (data.features)",
+        "keys and values": "regenerate --batch_size",
+        "kept features": "data.batches",
+        "head": "train.shard, or head.hidden_size",
+        "gradients": "train.shard, or head.hidden_size",
+        "optimizer": "train.shard, or ZeRO",
+        "average": "train.ema",
+    }
+    told = []
+    for stage in (stage for stage in plan if stage.used and stage.memory > machine.memory):
+        part, size = max({**stage.held, **stage.passing}.items(), key=lambda item: item[1])
+        told.append(
+            f"{stage.name} needs {stage.memory / 1e9:,.1f} GB of memory, there are {machine.memory / 1e9:,.1f} GB; most is "
+            f"{part} ({size / 1e9:,.1f} GB): see {advice.get(part, f'data.batch_tokens ({recipe.data.batch_tokens})')}"
+        )
+    disk = sum(stage.disk for stage in plan if stage.used)
+    if disk > machine.disk:
+        told.append(f"{disk / 1e9:,.1f} GB of disk are needed, {machine.disk / 1e9:,.1f} GB are free")
+    return told
+
+
+def size_of(tensors: Iterable[Tensor]) -> int:
+    """Bytes of tensors, each counted once."""
+    return sum(x.nbytes for x in {id(x): x for x in tensors}.values())
+
+
+def forward_flops(target: Target, length: int) -> float:
+    """FLOPs of the target's layers for one token of a text of `length`; of experts, those that a token is sent to."""
+    config, shape = target.config, DraftConfig.for_target(target, 1)
+    tables = {id(p) for p in target.embeddings.parameters()}
+    used = 0.0
+    for parameter in target.model.base_model.parameters():
+        if parameter.ndim == 3:  # experts, one behind the other
+            used += parameter.numel() * config.num_experts_per_tok / len(parameter)
+        elif parameter.ndim == 2 and id(parameter) not in tables:
+            used += parameter.numel()
+    return 2 * used + 2 * length * shape.num_attention_heads * shape.head_dim * config.num_hidden_layers
+
+
+def step_flops(recipe: Recipe, target: Target, head: DraftHead, answers: float) -> float:
+    """FLOPs of learning from one token: the teacher's logits, and the unrolled head there and back."""
+    config, distill = head.config, recipe.distill
+    steps = distill.single + (1 - distill.single) * distill.steps
+    inner = sum(p.numel() for name, p in head.named_parameters() if p.ndim == 2 and "lm_head" not in name)
+    attention = recipe.data.max_length * config.num_attention_heads * config.head_dim * config.num_hidden_layers
+    output = answers * config.hidden_size * config.draft_vocab_size
+    once = 0 if config.kind == "eagle1" else head.fc.weight.numel()  # it fuses before the first step only
+    teacher = answers * target.vocab_size * target.config.hidden_size
+    return 2 * teacher + 6 * (once + steps * (inner - once + attention + output))
+
+
+def _seen(recipe: Recipe, text: Text, machine: Machine) -> tuple[float, float]:
+    """Tokens learned from in the whole training, and tokens that the target is run over."""
+    settings, micro = recipe.train, recipe.train.accumulation * machine.processes
+    epoch = min(text.tokens, (recipe.data.batches or text.tokens) * text.batch)
+    steps = settings.max_steps or max(1, round(settings.epochs * epoch / text.batch / micro))
+    seen = steps * micro * text.batch
+    return seen, min(seen, epoch) if recipe.distill.keep_features else seen
+
+
+def _padded(data: DataSettings) -> tuple[int, int]:
+    """Rows and tokens a row of the largest micro-batch."""
+    return max(1, data.batch_tokens // data.max_length), data.max_length
+
+
+def _captured(target: Target) -> int:
+    """Bytes of a token's states as training reads them."""
+    return (len(target.layer_ids) + 1) * target.config.hidden_size * target.dtype.itemsize
+
+
+def forward_bytes(target: Target, data: DataSettings) -> dict[str, int]:
+    """What a forward of the target holds at the end of a layer: the states behind every layer, and one MLP's."""
+    rows, length = _padded(data)
+    shape = DraftConfig.for_target(target, 1)
+    width = (target.config.num_hidden_layers + 1) * shape.hidden_size + 3 * shape.intermediate_size
+    return {"target's forward": rows * length * (width * target.dtype.itemsize + _captured(target))}
+
+
+def _caches(target: Target, data: DataSettings) -> dict[str, int]:
+    """Keys and values of the answers that are written at once."""
+    shape = DraftConfig.for_target(target, 1)
+    width = 2 * shape.num_key_value_heads * shape.head_dim * target.config.num_hidden_layers
+    return {"keys and values": ANSWERS * data.max_length * width * target.dtype.itemsize}
+
+
+def train_bytes(head: DraftHead, settings: TrainSettings, machine: Machine) -> dict[str, int]:
+    """What a process holds of the head's weights, gradients and optimizer state.
+
+    Shards are gathered for use and cut up again: of weights (FSDP2, stage 3) and gradients (these and stage 2) a process
+    holds its share and, for a moment, the whole. ZeRO's optimizers hold a copy of their share of the weights.
+    """
+    weights = size_of([*head.parameters(), *head.buffers(), *head.lm_head.parameters()])  # an eagle1 head's is lent
+    gradients = size_of(p for p in head.parameters() if p.requires_grad)
+    state = optimizer_bytes(head, settings)
+    share, sharded = machine.processes, settings.shard or machine.zero == 3
+    return {
+        "head": weights + (weights // share if sharded else 0),
+        "gradients": gradients + (gradients // share if sharded or machine.zero == 2 else 0),
+        "optimizer": (state + (gradients if machine.zero else 0)) // (share if sharded or machine.zero else 1),
+        **({} if settings.ema is None else {"average": gradients}),
+    }
+
+
+def optimizer_bytes(head: DraftHead, settings: TrainSettings) -> int:
+    """State that the optimizers keep of all trained weights."""
+    optimizers = make_optimizers(head, settings)
+    return sum(_STATE[type(o)] * p.numel() for o in optimizers for group in o.param_groups for p in group["params"])
+
+
+def _written(head: DraftHead, settings: TrainSettings) -> int:
+    """Checkpoint, best head and head; a file is written beside the one it replaces."""
+    weights = size_of([*head.parameters(), *head.buffers()])
+    average = weights if settings.ema is not None else 0
+    best = weights if settings.measure_every is not None else 0
+    return 2 * (weights + optimizer_bytes(head, settings) + average + best) + weights
+
+
+def _unrolled(recipe: Recipe, target: Target, head: DraftHead, kind: str) -> dict[str, int]:
+    """What a micro-batch takes beside all that: the teacher first, then what the unrolled head keeps for its gradients."""
+    rows, length = _padded(recipe.data)
+    tokens, vocabulary = rows * length, target.vocab_size
+    lasting = tokens * (_captured(target) + 4 * head.config.draft_vocab_size)
+    logits = tokens * vocabulary * target.dtype.itemsize + 4 * TEACHER_CHUNK * vocabulary
+    return {"teacher": lasting + logits, "unrolled head": lasting + unroll_bytes(recipe, head, dense=kind != "cpu")}
+
+
+def unroll_bytes(recipe: Recipe, head: DraftHead, *, dense: bool) -> int:
+    """Bytes that the unrolled head takes: it is run over tensors without content, and what its graph keeps is counted.
+
+    Args:
+        recipe: Size of a micro-batch, steps and precision.
+        head: On the meta device.
+        dense: Whether attention holds its scores, as on anything but a CPU.
+    """
+    rows, length = _padded(recipe.data)
+    config, kept, outputs = head.config, {}, []
+
+    def keep(x: Tensor) -> Tensor:
+        storage = x.untyped_storage()
+        kept[storage._cdata] = storage.nbytes()
+        return x
+
+    twin = copy.deepcopy(head)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        twin.to_empty(device="cpu")
+        own = {x.untyped_storage()._cdata for x in twin.parameters()}
+        mixed = torch.autocast("cpu", torch.bfloat16, enabled=recipe.train.mixed_precision == "bf16")
+        with mixed, torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            features = torch.empty(rows, length, len(head.layer_ids) * config.target_hidden_size)
+            hidden, attend = twin.fuse(features).float(), UnrollAttention(dense=dense)
+            for step in range(recipe.distill.steps):
+                embedding = torch.empty(rows, length, config.hidden_size)
+                if step and config.kind == "parallel":
+                    embedding, hidden = twin.masks(rows, length)
+                hidden = twin(embedding, hidden, torch.arange(length).expand(rows, -1), attend)
+                outputs.append(twin.normed(hidden.flatten(0, 1)[torch.arange(rows * length)]))
+    slopes = rows * length * config.hidden_size  # of the loss, which makes its gradients on the way forward
+    slopes += sum(p.numel() for p in head.lm_head.parameters() if p.requires_grad)
+    precision = 2 if recipe.train.mixed_precision == "bf16" else 4
+    graph = sum(size for storage, size in kept.items() if storage not in own)
+    fleeting = _OBJECTIVE * 4 * CHUNK * config.draft_vocab_size
+    if dense:
+        fleeting += _SCORES * 4 * rows * config.num_attention_heads * length**2
+    return features.nbytes + graph + recipe.distill.steps * slopes * precision + fleeting
