@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import inspect
 import json
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial
+from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +15,9 @@ import torch
 from datasets import Dataset
 from tiny import ARCHITECTURES, tiny_target
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Qwen3Config
 
-from slipstream.cli import main
+from slipstream.cli import _parser, main
 from slipstream.commands.data import regenerate
 from slipstream.configs.recipe import (
     DataSettings,
@@ -32,6 +33,7 @@ from slipstream.distill.attention import UnrollAttention
 from slipstream.distill.capture import claim, finish, plan_store, write_shards
 from slipstream.distill.heads import load_head, new_head, save_head
 from slipstream.distill.target import Target
+from slipstream.planning import figures
 from slipstream.train.metrics import Metrics
 from slipstream.train.optimizer import make_optimizers
 from slipstream.train.plan import (
@@ -295,3 +297,49 @@ def test_what_cannot_be_planned_is_one_line(shape, tmp_path, capsys, options, na
     assert main(["train", "--target.name", str(shape), *options, "--out", str(tmp_path / "run")]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert named in line
+
+
+LLAMA = {"vocab_size": 128256, "num_key_value_heads": 8, "max_position_embeddings": 131072}
+SHAPES: dict[str, PreTrainedConfig] = {  # of the targets that recipes are for, as their configs say
+    "meta-llama/Llama-3.1-8B-Instruct": LlamaConfig(
+        hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, **LLAMA
+    ),
+    "meta-llama/Llama-3.3-70B-Instruct": LlamaConfig(
+        hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64, **LLAMA
+    ),
+    "Qwen/Qwen3-8B": Qwen3Config(
+        vocab_size=151936,
+        hidden_size=4096,
+        intermediate_size=12288,
+        num_hidden_layers=36,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=128,
+        max_position_embeddings=40960,
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "processes", "shown"),
+    [
+        ("llama-3.1-8b", 8, ("regenerate", "train online")),
+        ("llama-3.3-70b", 1, ("capture",)),
+        ("llama-3.3-70b", 16, ("train from a store",)),
+        ("qwen3-8b", 8, ("regenerate", "train online")),
+        ("hass", 8, ("regenerate", "train online")),
+        ("eagle1", 8, ("regenerate", "train online")),
+    ],
+)
+def test_a_recipe_says_what_is_planned_for_it(tmp_path, name, processes, shown):
+    file = files("slipstream.configs") / f"{name}.yaml"
+    values = vars(_parser().parse_args(["train", "--config", str(file), "--out", "anywhere"]).train)
+    settings = Recipe(**{f.name: f.default_factory(**vars(values[f.name])) for f in fields(Recipe)})
+    SHAPES[settings.target.name].save_pretrained(tmp_path)
+    settings = replace(settings, target=TargetSettings(str(tmp_path)))
+    cards = Machine("card", memory=80e9, flops=400e12, disk=1e15, processes=processes)
+    target, head = outline(settings)
+    plan = stages(settings, target, head, Text.unknown(settings.data), cards)
+    header = [line.removeprefix("#").split() for line in file.read_text().splitlines() if line.startswith("#")]
+    for stage in plan:
+        assert (" ".join(figures(stage)).split() in header) == (stage.name in shown)

@@ -101,6 +101,7 @@ class Stage:
         passing: Bytes beside these that come and go one after the other; the most counts.
         disk: Bytes written.
         seconds: FLOPs over the speed of the devices: it takes no less.
+        read: Bytes read from a store.
     """
 
     name: str
@@ -109,6 +110,7 @@ class Stage:
     passing: dict[str, int]
     disk: int
     seconds: float
+    read: float = 0
 
     @property
     def memory(self) -> int:
@@ -198,6 +200,7 @@ def stages(recipe: Recipe, target: Target, head: DraftHead, text: Text, machine:
             passing=unrolled,
             disk=disk,
             seconds=learning / speed,
+            read=seen * bytes_per_token(target, "bfloat16"),
         ),
     ]
 
@@ -206,7 +209,6 @@ def shortages(recipe: Recipe, plan: Sequence[Stage], machine: Machine) -> list[s
     """What of the stages that are used does not fit, and what would make it smaller."""
     advice = {
         "target": "target.device_map auto, or a store (data.features)",
-        "keys and values": "regenerate --batch_size",
         "kept features": "data.batches",
         "head": "train.shard, or head.hidden_size",
         "gradients": "train.shard, or head.hidden_size",
@@ -216,9 +218,12 @@ def shortages(recipe: Recipe, plan: Sequence[Stage], machine: Machine) -> list[s
     told = []
     for stage in (stage for stage in plan if stage.used and stage.memory > machine.memory):
         part, size = max({**stage.held, **stage.passing}.items(), key=lambda item: item[1])
+        see = advice.get(part, f"data.batch_tokens ({recipe.data.batch_tokens})")
+        if stage.name == "regenerate":
+            see = "regenerate --batch_size, or --server"
         told.append(
             f"{stage.name} needs {stage.memory / 1e9:,.1f} GB of memory, there are {machine.memory / 1e9:,.1f} GB; most is "
-            f"{part} ({size / 1e9:,.1f} GB): see {advice.get(part, f'data.batch_tokens ({recipe.data.batch_tokens})')}"
+            f"{part} ({size / 1e9:,.1f} GB): see {see}"
         )
     disk = sum(stage.disk for stage in plan if stage.used)
     if disk > machine.disk:

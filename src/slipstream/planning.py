@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
     from slipstream.configs.recipe import Recipe
+    from slipstream.train.plan import Stage
 
 _SIDE = {"cpu": 1024}  # of the matrices that are multiplied; elsewhere 8192
 _UNITS = ((86400, "days"), (3600, "h"), (60, "min"))
@@ -52,18 +53,25 @@ def show(recipe: Recipe, out: Path, card: Sequence[float]) -> None:
         f"machine: processes {machine.processes}, each with a {machine.kind} of {_gigabytes(machine.memory)} and "
         f"{machine.flops / 1e12:,.2f} TFLOP/s ({said}); {_gigabytes(machine.disk)} of disk are free"
     )
-    table = Table("stage", "in this recipe", "memory a process", "disk", "time, at least", box=None)
+    table = Table("stage", "memory a process", "disk", "time, at least", "in this recipe", box=None)
     for stage in plan:
-        used = "yes" if stage.used else "no"
-        table.add_row(stage.name, used, _gigabytes(stage.memory), _gigabytes(stage.disk), _duration(stage.seconds))
+        table.add_row(*figures(stage), "yes" if stage.used else "no")
     Console().print(table)
     training = next(stage for stage in plan[2:] if stage.used)
     parts = ", ".join(f"{part} {_gigabytes(size)}" for part, size in training.held.items())
     most = max(training.passing, key=lambda part: training.passing[part])
     print(f"memory of {training.name}: {parts}; for a time {most} {_gigabytes(training.passing[most])}")
+    if training.read:
+        rate = _gigabytes(training.read / training.seconds)
+        print(f"the store is read at {rate} a second in that time, {_gigabytes(training.read)} in all")
     for warning in shortages(recipe, plan, machine):
         print(f"warning: {warning}")
     print("all of this is estimated; time is FLOPs at that speed, and real runs take longer")
+
+
+def figures(stage: Stage) -> tuple[str, str, str, str]:
+    """A stage's name, memory of a process, disk and time."""
+    return stage.name, _gigabytes(stage.memory), _gigabytes(stage.disk), _duration(stage.seconds)
 
 
 def _token_rows(recipe: Recipe) -> Dataset:
