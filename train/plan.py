@@ -48,7 +48,7 @@ class Machine:
         memory: Bytes that a process's device has; with `target.device_map`, all of its devices.
         flops: Per second and process.
         disk: Bytes that are free where the run is written.
-        processes: Of the launch.
+        processes: Of the launch; `slipstream regenerate` is one.
         zero: Stage of DeepSpeed's ZeRO; 0 without DeepSpeed.
     """
 
@@ -68,7 +68,7 @@ class Text:
         tokens: Of all conversations.
         answers: Share of them that is the assistant's.
         batch: Tokens of a micro-batch, without its padding.
-        counted: Whether it is at hand; otherwise this is so much text as everything is told for.
+        counted: Whether it is at hand; otherwise everything is told for so much text.
     """
 
     tokens: int
@@ -146,7 +146,7 @@ def outline(recipe: Recipe) -> tuple[Target, DraftHead]:
 
 
 def stages(recipe: Recipe, target: Target, head: DraftHead, text: Text, machine: Machine) -> list[Stage]:
-    """Every stage on this machine; training both with the target beside it and from a store.
+    """Every stage; training both with the target beside the head and from a store.
 
     Args:
         recipe: All settings.
@@ -158,16 +158,16 @@ def stages(recipe: Recipe, target: Target, head: DraftHead, text: Text, machine:
     stored = recipe.data.features is not None
     whole = {"target": size_of(target.model.parameters())}
     ends = {"target's ends": size_of(p for module in target.ends for p in module.parameters())}
-    forward, states = forward_flops(target, recipe.data.max_length), forward_bytes(target, recipe.data)
+    forward, states = forward_flops(target, recipe.data.max_length), _forward_bytes(target, recipe.data)
     seen, captured = _seen(recipe, text, machine)
     learning = seen * step_flops(recipe, target, head, text.answers)
     trained = train_bytes(head, recipe.train, machine)
-    unrolled = _unrolled(recipe, target, head, machine.kind)
+    micro_batch = _batch_bytes(recipe, target, head, machine.kind)
     disk, speed = _written(head, recipe.train), machine.flops * machine.processes
     kept = {}
     if recipe.distill.keep_features and recipe.data.batches is not None:
         kept = {"kept features": round(recipe.data.batches * text.batch) * _captured(target)}
-    learned_from = ends if recipe.train.measure_every is None else whole
+    needed = ends if recipe.train.measure_every is None else whole
     return [
         Stage(
             "regenerate",
@@ -189,15 +189,15 @@ def stages(recipe: Recipe, target: Target, head: DraftHead, text: Text, machine:
             "train online",
             used=not stored,
             held={**whole, **trained, **kept},
-            passing={**states, **unrolled},
+            passing={**states, **micro_batch},
             disk=disk,
             seconds=(captured * forward + learning) / speed,
         ),
         Stage(
             "train from a store",
             used=stored,
-            held={**learned_from, **trained},
-            passing=unrolled,
+            held={**needed, **trained},
+            passing=micro_batch,
             disk=disk,
             seconds=learning / speed,
             read=seen * bytes_per_token(target, "bfloat16"),
@@ -237,13 +237,13 @@ def size_of(tensors: Iterable[Tensor]) -> int:
 
 
 def forward_flops(target: Target, length: int) -> float:
-    """FLOPs of the target's layers for one token of a text of `length`; of experts, those that a token is sent to."""
+    """FLOPs of the target's layers for one token of a text of `length`; of experts those that a token is sent to."""
     config, shape = target.config, DraftConfig.for_target(target, 1)
     tables = {id(p) for p in target.embeddings.parameters()}
     used = 0.0
     for parameter in target.model.base_model.parameters():
         if parameter.ndim == 3:  # experts, one behind the other
-            used += parameter.numel() * config.num_experts_per_tok / len(parameter)
+            used += parameter.numel() * getattr(config, "num_experts_per_tok", len(parameter)) / len(parameter)
         elif parameter.ndim == 2 and id(parameter) not in tables:
             used += parameter.numel()
     return 2 * used + 2 * length * shape.num_attention_heads * shape.head_dim * config.num_hidden_layers
@@ -280,7 +280,7 @@ def _captured(target: Target) -> int:
     return (len(target.layer_ids) + 1) * target.config.hidden_size * target.dtype.itemsize
 
 
-def forward_bytes(target: Target, data: DataSettings) -> dict[str, int]:
+def _forward_bytes(target: Target, data: DataSettings) -> dict[str, int]:
     """What a forward of the target holds at the end of a layer: the states behind every layer, and one MLP's."""
     rows, length = _padded(data)
     shape = DraftConfig.for_target(target, 1)
@@ -304,12 +304,12 @@ def train_bytes(head: DraftHead, settings: TrainSettings, machine: Machine) -> d
     weights = size_of([*head.parameters(), *head.buffers(), *head.lm_head.parameters()])  # an eagle1 head's is lent
     gradients = size_of(p for p in head.parameters() if p.requires_grad)
     state = optimizer_bytes(head, settings)
-    share, sharded = machine.processes, settings.shard or machine.zero == 3
+    share, sharded = machine.processes, machine.zero == 3 or (settings.shard and not machine.zero)
     return {
         "head": weights + (weights // share if sharded else 0),
         "gradients": gradients + (gradients // share if sharded or machine.zero == 2 else 0),
         "optimizer": (state + (gradients if machine.zero else 0)) // (share if sharded or machine.zero else 1),
-        **({} if settings.ema is None else {"average": gradients}),
+        **({} if settings.ema is None else {"average": size_of(head.parameters())}),
     }
 
 
@@ -327,7 +327,7 @@ def _written(head: DraftHead, settings: TrainSettings) -> int:
     return 2 * (weights + optimizer_bytes(head, settings) + average + best) + weights
 
 
-def _unrolled(recipe: Recipe, target: Target, head: DraftHead, kind: str) -> dict[str, int]:
+def _batch_bytes(recipe: Recipe, target: Target, head: DraftHead, kind: str) -> dict[str, int]:
     """What a micro-batch takes beside all that: the teacher first, then what the unrolled head keeps for its gradients."""
     rows, length = _padded(recipe.data)
     tokens, vocabulary = rows * length, target.vocab_size

@@ -97,11 +97,11 @@ def _machine(recipe: Recipe, out: Path, card: Sequence[float]) -> Machine:
         return Machine("card", card[0] * 1e9, card[1] * 1e12, disk, processes, _zero_stage())
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     assert device is not None
-    if device.type == "cpu":
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / local
+    if device.type == "cuda":
+        count = torch.cuda.device_count() if recipe.target.device_map else 1
+        memory = float(count * torch.cuda.get_device_properties(device).total_memory)
     else:
-        count = torch.accelerator.device_count() if recipe.target.device_map else 1
-        memory = count * torch.accelerator.get_memory_info(device)[1]
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / local
     dtype = torch.bfloat16 if recipe.train.mixed_precision == "bf16" else torch.float32
     return Machine(device.type, memory, _measured_flops(device, dtype), disk, processes, _zero_stage())
 
