@@ -34,20 +34,10 @@ from slipstream.distill.capture import claim, finish, plan_store, write_shards
 from slipstream.distill.heads import load_head, new_head, save_head
 from slipstream.distill.target import Target
 from slipstream.planning import figures
+from slipstream.train.footprint import ANSWERS, optimizer_bytes, size_of, train_bytes
 from slipstream.train.metrics import Metrics
 from slipstream.train.optimizer import make_optimizers
-from slipstream.train.plan import (
-    ANSWERS,
-    Machine,
-    Text,
-    forward_flops,
-    optimizer_bytes,
-    outline,
-    shortages,
-    size_of,
-    stages,
-    train_bytes,
-)
+from slipstream.train.plan import Machine, Text, forward_flops, outline, shortages, stages
 from slipstream.train.trainer import Trainer
 
 LENGTH, BATCH, VOCABULARY = 128, 512, 2000
@@ -192,7 +182,7 @@ def test_a_lora_is_trained_alone(shape, tmp_path):
     save_head(head, tmp_path / "head", {})
     settings = recipe(shape, {"init": str(tmp_path / "head"), "lora_rank": 4}, {"optimizer": "adamw"})
     target, empty = outline(settings)
-    held = train_bytes(empty, settings.train, MACHINE)
+    held = train_bytes(empty, settings.train)
     whole = size_of([*load_head(tmp_path / "head").parameters()])
     assert held["head"] > whole > 20 * held["gradients"]
     assert held["optimizer"] == 2 * held["gradients"]
@@ -202,13 +192,12 @@ def test_a_lora_is_trained_alone(shape, tmp_path):
 def test_shards_are_shared(shape):
     settings = recipe(shape, train={"optimizer": "adamw"}).train
     _, empty = outline(recipe(shape))
-    alone = train_bytes(empty, settings, MACHINE)
-    many = replace(MACHINE, processes=4)
+    alone = train_bytes(empty, settings)
     weights = alone["gradients"]
-    assert train_bytes(empty, settings, many) == alone
-    assert train_bytes(empty, replace(settings, shard=True), many)["optimizer"] == alone["optimizer"] // 4
+    assert train_bytes(empty, settings, processes=4) == alone
+    assert train_bytes(empty, replace(settings, shard=True), processes=4)["optimizer"] == alone["optimizer"] // 4
     for stage in (1, 2, 3):
-        share = train_bytes(empty, settings, replace(many, zero=stage))
+        share = train_bytes(empty, settings, processes=4, zero=stage)
         assert share["optimizer"] == (alone["optimizer"] + weights) // 4
         assert share["gradients"] == weights + (weights // 4 if stage > 1 else 0)
         assert share["head"] == alone["head"] + (alone["head"] // 4 if stage > 2 else 0)

@@ -17,7 +17,8 @@ from slipstream.configs.errors import SlipstreamError
 from slipstream.data.conversations import load
 from slipstream.distill.store import Store
 from slipstream.distill.target import load_tokenizer
-from slipstream.train.plan import Machine, Text, outline, shortages, size_of, stages
+from slipstream.train.footprint import size_of
+from slipstream.train.plan import Machine, Text, outline, shortages, stages
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
