@@ -289,7 +289,19 @@ def test_what_cannot_be_planned_is_one_line(shape, tmp_path, capsys, options, na
 
 
 LLAMA = {"vocab_size": 128256, "num_key_value_heads": 8, "max_position_embeddings": 131072}
+CARDS = Machine("card", memory=80e9, flops=400e12, disk=1e15)
+CORES = Machine("cpu", memory=16e9, flops=0.5e12, disk=1e15)
 SHAPES: dict[str, PreTrainedConfig] = {  # of the targets that recipes are for, as their configs say
+    "smollm2-135m-instruct": LlamaConfig(
+        vocab_size=49152,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        max_position_embeddings=8192,
+        tie_word_embeddings=True,
+    ),
     "meta-llama/Llama-3.1-8B-Instruct": LlamaConfig(
         hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, **LLAMA
     ),
@@ -310,25 +322,26 @@ SHAPES: dict[str, PreTrainedConfig] = {  # of the targets that recipes are for, 
 
 
 @pytest.mark.parametrize(
-    ("name", "processes", "shown"),
+    ("name", "machine", "shown"),
     [
-        ("llama-3.1-8b", 8, ("regenerate", "train online")),
-        ("llama-3.3-70b", 1, ("capture",)),
-        ("llama-3.3-70b", 16, ("train from a store",)),
-        ("qwen3-8b", 8, ("regenerate", "train online")),
-        ("hass", 8, ("regenerate", "train online")),
-        ("eagle1", 8, ("regenerate", "train online")),
+        ("quickstart", CORES, ("train online",)),
+        ("longrun", CORES, ("train online",)),
+        ("llama-3.1-8b", replace(CARDS, processes=8), ("regenerate", "train online")),
+        ("llama-3.3-70b", CARDS, ("capture",)),
+        ("llama-3.3-70b", replace(CARDS, processes=16), ("train from a store",)),
+        ("qwen3-8b", replace(CARDS, processes=8), ("regenerate", "train online")),
+        ("hass", replace(CARDS, processes=8), ("regenerate", "train online")),
+        ("eagle1", replace(CARDS, processes=8), ("regenerate", "train online")),
     ],
 )
-def test_a_recipe_says_what_is_planned_for_it(tmp_path, name, processes, shown):
+def test_a_recipe_says_what_is_planned_for_it(tmp_path, name, machine, shown):
     file = files("slipstream.configs") / f"{name}.yaml"
     values = vars(_parser().parse_args(["train", "--config", str(file), "--out", "anywhere"]).train)
     settings = Recipe(**{f.name: f.default_factory(**vars(values[f.name])) for f in fields(Recipe)})
     SHAPES[settings.target.name].save_pretrained(tmp_path)
     settings = replace(settings, target=TargetSettings(str(tmp_path)))
-    cards = Machine("card", memory=80e9, flops=400e12, disk=1e15, processes=processes)
     target, head = outline(settings)
-    plan = stages(settings, target, head, Text.unknown(settings.data), cards)
+    plan = stages(settings, target, head, Text.unknown(settings.data), machine)
     header = [line.removeprefix("#").split() for line in file.read_text().splitlines() if line.startswith("#")]
     for stage in plan:
         assert (" ".join(figures(stage)).split() in header) == (stage.name in shown)
