@@ -98,7 +98,7 @@ class Study:
             for name, (decoder, rule) in pairs.items()
         ]
         begun = self.begun | {"temperature": temperature, "compared": digest(compared)}
-        records = measure(contenders, self.rows, plan, self.out / f"answers-{temperature:g}.jsonl", begun)
+        records = measure(contenders, self.rows, plan, self.out / f"answers-{temperature:g}.jsonl", self.out, begun)
         return dict(zip(pairs, records[plan.settings[0]], strict=True))
 
     def show(self, *tables: str) -> None:

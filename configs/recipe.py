@@ -24,11 +24,14 @@ class TargetSettings:
         name: A model folder, a GGUF file, a hub id, or `smollm2-135m-instruct`.
         dtype: `bfloat16`, `float16` or `float32`.
         adapter: A peft adapter to merge into the target, folder or hub id.
+        device_map: `auto` spreads the target over all devices of the process (and the memory and disk behind them); None
+            puts it on the one that trains.
     """
 
     name: str = "smollm2-135m-instruct"
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     adapter: str | None = None
+    device_map: Literal["auto"] | None = None
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,10 @@ from torch import Tensor
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-_BLOCKS = {"cpu": 64}
-"""Queries of a block, by device: on a CPU a block's scores stay in a core's cache, elsewhere there are fewer launches."""
+
+def block_size(device: str) -> int:
+    """Queries of a block: on a CPU its scores stay in a core's cache, elsewhere there are fewer launches."""
+    return 64 if device == "cpu" else 512
 
 
 class UnrollAttention:
@@ -94,7 +96,7 @@ def _weights(query: Tensor, key: Tensor, keys: Tensor) -> Iterator[tuple[slice, 
     """
     query = (query * query.shape[-1] ** -0.5).unflatten(1, (key.shape[1], -1))
     length = query.shape[3]
-    size = _BLOCKS.get(query.device.type, 512)
+    size = block_size(query.device.type)
     future = torch.ones(size, size, dtype=torch.bool, device=query.device).triu(1)
     for start in range(0, length, size):
         at = slice(start, min(start + size, length))

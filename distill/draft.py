@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
+from accelerate.utils import align_module_device
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, LlamaConfig, PreTrainedModel
 from transformers.models.llama.modeling_llama import (
@@ -231,7 +232,8 @@ class DraftHead(PreTrainedModel):
             raise SlipstreamError(
                 f"an eagle1 head needs a target whose output layer is a plain matrix, not {target.name}'s"
             )
-        weight = output.weight[self.vocabulary().to(output.weight.device)].detach().to(self.d2t.device)
+        with align_module_device(output):  # brings back what accelerate keeps elsewhere
+            weight = output.weight[self.vocabulary().to(output.weight.device)].detach().to(self.d2t.device)
         lent = nn.Linear(self.config.hidden_size, len(weight), bias=False, device="meta")
         lent.weight = nn.Parameter(weight, requires_grad=False)
         self.__dict__["lm_head"] = lent  # no submodule: neither saved nor trained

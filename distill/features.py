@@ -44,11 +44,15 @@ class OnlineFeatures:
         """The index-th batch and its states; nothing is done about `then`."""
         batch = Batch(*(values.to(self.device) for values in self.batches[index]))
         if self.kept is None:
-            return batch, self.target.capture(batch.input_ids)
+            return batch, self._capture(batch)
         place = self.batches.which(index)
         if place not in self.kept:
-            self.kept[place] = self.target.capture(batch.input_ids)
+            self.kept[place] = self._capture(batch)
         return batch, self.kept[place]
+
+    def _capture(self, batch: Batch) -> Captured:
+        """States where the batch is; a target that is spread over devices leaves them on its last."""
+        return Captured(*(values.to(self.device) for values in self.target.capture(batch.input_ids)))
 
 
 class StoredFeatures:

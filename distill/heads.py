@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.utils import align_module_device
 from safetensors import SafetensorError
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -65,7 +66,8 @@ def new_head(target: Target, vocabulary: Tensor, settings: HeadSettings, *, seed
             head.fc.weight[:, -config.target_hidden_size :] += torch.eye(config.hidden_size, config.target_hidden_size)
             own = config.kind != "eagle1" and output is not None and output.weight.shape[1] == config.hidden_size
             if own:
-                head.lm_head.weight.copy_(output.weight[vocabulary.to(output.weight.device)].float())
+                with align_module_device(output):  # brings back what accelerate keeps elsewhere
+                    head.lm_head.weight.copy_(output.weight[vocabulary.to(output.weight.device)].float())
     return head
 
 

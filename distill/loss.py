@@ -15,10 +15,10 @@ if TYPE_CHECKING:
     from slipstream.distill.draft import DraftHead
     from slipstream.distill.relaxation import Relaxation
 
-_CHUNK = 2**20  # logits of the draft at once; in fp32 they stay in a CPU's cache
-_GROUP = 512  # rows whose slopes become gradients together: adding to a matrix as large as lm_head is not free
-_TEACHER_CHUNK = 3 * 2**20  # logits of the target at once, in fp32
-_TEACHER_GROUP = 4  # chunks whose logits the target's output layer gives at once
+CHUNK = 2**20  # logits of the draft at once; in fp32 they stay in a CPU's cache
+GROUP = 512  # rows whose slopes become gradients together: adding to a matrix as large as lm_head is not free
+TEACHER_CHUNK = 3 * 2**20  # logits of the target at once, in fp32
+TEACHER_GROUP = 4  # chunks whose logits the target's output layer gives at once
 
 
 def teach(
@@ -40,10 +40,10 @@ def teach(
     inside = hidden.new_empty(len(hidden), len(vocabulary))  # as exact as the logits are
     argmax = torch.empty(len(hidden), dtype=torch.long, device=hidden.device)
     tokens = torch.empty(len(hidden), 2, dtype=torch.long, device=hidden.device)
-    rows = max(1, _TEACHER_CHUNK // len(membership))
+    rows = max(1, TEACHER_CHUNK // len(membership))
     buffer = torch.empty(rows, len(membership), device=hidden.device)
-    for first in range(0, len(hidden), _TEACHER_GROUP * rows):
-        group = logits(hidden[first : first + _TEACHER_GROUP * rows])
+    for first in range(0, len(hidden), TEACHER_GROUP * rows):
+        group = logits(hidden[first : first + TEACHER_GROUP * rows])
         if relaxation is not None:
             tokens[first : first + len(group)] = relaxation.acceptable(group)
         for start in range(0, len(group), rows):
@@ -82,10 +82,10 @@ class _ChunkedLoss(torch.autograd.Function):
             torch.zeros_like(x) if needed else None
             for x, needed in zip((hidden, output), ctx.needs_input_grad, strict=False)
         ]
-        slopes = torch.empty(min(_GROUP, len(x)) if wanted else 0, len(weight), dtype=dtype, device=x.device)
-        size = max(1, _CHUNK // len(weight))
-        for first in range(0, len(x), _GROUP):
-            group = x[first : first + _GROUP]
+        slopes = torch.empty(min(GROUP, len(x)) if wanted else 0, len(weight), dtype=dtype, device=x.device)
+        size = max(1, CHUNK // len(weight))
+        for first in range(0, len(x), GROUP):
+            group = x[first : first + GROUP]
             for start in range(0, len(group), size):
                 logits = torch.mm(group[start : start + size], weight.T)
                 at = slice(first + start, first + start + len(logits))

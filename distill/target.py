@@ -131,6 +131,12 @@ class Target:
         return self.model.device
 
     @property
+    def spread(self) -> bool:
+        """Whether the weights lie on several devices, or some of them off every device (accelerate brings those back)."""
+        devices = {parameter.device for parameter in self.model.parameters()}
+        return len(devices) > 1 or torch.device("meta") in devices
+
+    @property
     def dtype(self) -> torch.dtype:
         """Type of the model's weights."""
         return self.model.dtype
@@ -139,6 +145,12 @@ class Target:
     def embeddings(self) -> nn.Module:
         """Input embeddings: token ids [..] to [.., Ht]."""
         return cast("nn.Module", self.model.get_input_embeddings())
+
+    @property
+    def ends(self) -> list[nn.Module]:
+        """What stands before the layers, and behind the last hidden state."""
+        inner = self.model.base_model
+        return [self.embeddings, *(module for module in self.model.children() if module is not inner)]
 
     @property
     def vocab_size(self) -> int:
@@ -173,6 +185,13 @@ class Target:
         if stop is None:
             return []
         return [stop] if isinstance(stop, int) else list(stop)
+
+    def place(self, device: torch.device, *, layers: bool = True) -> None:
+        """Move the model to a device, or its ends alone; what is spread stays."""
+        if self.spread:
+            return
+        for module in [self.model] if layers else self.ends:
+            module.to(device)
 
     @torch.no_grad()
     def forward(
@@ -220,7 +239,7 @@ class Target:
         self.model._modules[name] = _Given(hidden[None])
         try:
             ids = torch.zeros(1, len(hidden), dtype=torch.long, device=hidden.device)
-            return self.model(input_ids=ids, use_cache=False).logits[0]
+            return self.model(input_ids=ids, use_cache=False).logits[0].to(hidden.device)
         finally:
             self.model._modules[name] = inner
 
@@ -363,6 +382,18 @@ def target_config(name: str) -> PreTrainedConfig:
         raise SlipstreamError(f"target {name!r} cannot be read: {str(error).splitlines()[0]}") from error
 
 
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a target.
+
+    Raises:
+        SlipstreamError: If there is none.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(_locate(name))
+    except (OSError, ValueError) as error:
+        raise SlipstreamError(f"target {name!r} has no tokenizer: {str(error).splitlines()[0]}") from error
+
+
 def _require_causal(model: PreTrainedModel, name: str) -> None:
     """An encoder with a language-model head loads as a causal LM; whether a later token is seen tells them apart."""
     with torch.no_grad():
@@ -403,10 +434,7 @@ def load_target(
         raise SlipstreamError(
             f"target {name!r} is no whole model: weights {sorted(info['missing_keys'])[:3]} are missing"
         )
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(place)
-    except (OSError, ValueError) as error:
-        raise SlipstreamError(f"target {name!r} has no tokenizer: {str(error).splitlines()[0]}") from error
+    tokenizer = load_tokenizer(name)
     if adapter is not None:
         from peft import PeftModel  # peft imports slowly
 

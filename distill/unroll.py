@@ -105,7 +105,7 @@ def unroll(
     index[needed] = torch.arange(len(teacher.argmax), device=device)  # where token position's teacher lies
 
     features = _noised(captured.features.to(head.fc.weight.dtype), noise, generator)
-    embedded = head.embed(target.embeddings(input_ids))
+    embedded = head.embed(target.embeddings(input_ids).to(device))
     hidden = head.fuse(features).to(embedded.dtype)  # under autocast too the residual stream keeps its precision
     attend = UnrollAttention()
     row_b, row_p = rows // length, rows % length

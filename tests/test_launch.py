@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -9,9 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.commands.config.config_args import load_config_from_file
 from launched import main
 
 HERE = Path(__file__).parent
+FILES = HERE.parent / "configs" / "launch"
 ADAMW = {"optimizer": "adamw"}
 
 
@@ -123,3 +126,59 @@ def test_deepspeed_over_two_processes_is_the_same(alone, stage, tmp_path):
             DS_ACCELERATOR="cpu",
         )
     assert_same(tmp_path, alone, 2, begun=3)
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp2", "zero2", "zero3"])
+def test_launch_files_are_accelerates(name):
+    config = load_config_from_file(str(FILES / f"{name}.yaml"))
+    assert (config.num_machines, config.num_processes) == (1, 8)
+    stage = (config.deepspeed_config or {}).get("zero_stage")
+    assert stage == {"zero2": 2, "zero3": 3}.get(name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["ddp", "fsdp2", "zero2", "zero3"])
+def test_launch_files_launch(alone, name, tmp_path):
+    if name.startswith("zero"):
+        pytest.importorskip("deepspeed")
+    launch(
+        tmp_path,
+        {**ADAMW, "accumulation": 2, "shard": name == "fsdp2"},
+        *("--config_file", FILES / f"{name}.yaml", "--num_processes", 2, "--main_process_port", port()),
+        launcher="accelerate.commands.launch",
+        DS_ACCELERATOR="cpu",
+    )
+    assert_same(tmp_path, alone, 2)
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
+def test_slurm_starts_one_launcher_on_every_machine(tmp_path):
+    commands = {  # as Slurm and accelerate have them
+        "scontrol": "printf 'one\\ntwo\\n'",
+        "srun": 'for id in 0 1; do SLURM_NODEID=$id "$@"; done',
+        "accelerate": "printf '%s|' \"$@\"; echo",
+    }
+    for name, body in commands.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    slurm = {"SLURM_JOB_NODELIST": "some[1-2]", "SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "8"}
+    done = subprocess.run(
+        ["bash", FILES / "slurm.sh", "--config", "a recipe.yaml"],
+        env={**os.environ, **slurm, "PATH": f"{tmp_path}:{os.environ['PATH']}"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    for rank, line in enumerate(done.stdout.splitlines()):
+        words = line.split("|")
+        assert words[:3] == ["launch", "--config_file", "configs/launch/ddp.yaml"]
+        options = dict(zip(words[3:13:2], words[4:13:2], strict=True))
+        assert options == {
+            "--num_machines": "2",
+            "--num_processes": "16",
+            "--machine_rank": str(rank),
+            "--main_process_ip": "one",
+            "--main_process_port": "29500",
+        }
+        assert words[13:] == ["-m", "slipstream.cli", "train", "--config", "a recipe.yaml", ""]
+    assert rank == 1

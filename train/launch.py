@@ -1,6 +1,6 @@
 """One loop on one process or many: gradients added up, sharded by FSDP2 (`train.shard`), or handed to DeepSpeed.
 
-accelerate launch --config_file configs/launch/cpu2.yaml -m slipstream.cli train --config recipe.yaml --out runs/mine
+accelerate launch --config_file configs/launch/ddp.yaml -m slipstream.cli train --config recipe.yaml --out runs/mine
 """
 
 from __future__ import annotations

@@ -76,7 +76,7 @@ class Trainer:
         set_seed(self.settings.seed)
         accelerator = accelerator or start(self.settings, folder)
         self.device = accelerator.device
-        target.model.to(self.device)
+        target.place(self.device, layers=store is None or self.settings.measure_every is not None)
         head.check_target(target)
         self.head = head
         self.lora = recipe.head.lora_rank is not None

@@ -80,10 +80,12 @@ def regenerate(
 
         answer_by_server(server, target, rows, parallel=parallel, **settings)
     else:
+        import torch
+
         from slipstream.data.regenerate import regenerate as answer
         from slipstream.distill.target import load_target
 
-        loaded = load_target(target)
+        loaded = load_target(target, device="cuda" if torch.cuda.is_available() else "cpu")
         stop_ids = loaded.stop_ids()
         answer(loaded.model, loaded.chat_tokenizer, rows, stop_ids=stop_ids, batch_size=batch_size, **settings)
     if out.suffix == ".parquet":

@@ -13,6 +13,7 @@ from slipstream.configs.errors import SlipstreamError
 from slipstream.configs.recipe import Recipe
 
 if TYPE_CHECKING:
+    from slipstream.configs.recipe import TargetSettings
     from slipstream.distill.draft import DraftHead
     from slipstream.distill.target import Target
 
@@ -42,8 +43,8 @@ def capture(
     process, processes, local = (
         int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
     )
-    device = f"cuda:{local}" if torch.cuda.is_available() else "cpu"
     settings = recipe.target
+    device = _device(settings, f"cuda:{local}" if torch.cuda.is_available() else "cpu")
     target = load_target(settings.name, dtype=settings.dtype, adapter=settings.adapter, device=device)
     target, _ = _begin(recipe, target)
     tokens = load(recipe.data, target.chat_tokenizer)
@@ -72,6 +73,15 @@ def capture(
         print(f"this share is written; {waiting} files of {out} are still to come from others", file=sys.stderr)
 
 
+def _device(settings: TargetSettings, device: str) -> str:
+    """Where a target is loaded: on a device, unless it is to be spread over all of them."""
+    if settings.device_map is not None and int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > 1:
+        raise SlipstreamError(
+            "target.device_map auto takes all devices of a machine for one process: launch one process a machine"
+        )
+    return settings.device_map or device
+
+
 def _begin(recipe: Recipe, target: Target) -> tuple[Target, DraftHead | None]:
     """The target, with the layers that the recipe's head reads; and that head, where there is one to go on from."""
     from slipstream.distill.draft import layers_read
@@ -95,13 +105,28 @@ def _fraction(shard: str) -> tuple[int, int]:
     return int(first), int(second)
 
 
-def train(recipe: Recipe, out: Path) -> None:
+def train(
+    recipe: Recipe,
+    out: Path,
+    plan: bool = False,
+    card: list[float] = [],  # noqa: B006 (jsonargparse copies defaults)
+) -> None:
     """Train a head by a recipe into OUT/draft; goes on where an interrupted run stopped.
 
     Args:
         recipe: All settings.
         out: Folder of the run.
+        plan: Print what memory, disk and time every stage takes, and start nothing.
+        card: Plan for cards of so many GB and TFLOP/s, in place of this machine's own.
     """
+    if plan:
+        from slipstream.planning import show
+
+        if os.environ.get("RANK", "0") == "0":
+            show(recipe, out, card)
+        return
+    if card:
+        raise SlipstreamError("--card describes a card for --plan")
     from slipstream.configs.files import require_writable
     from slipstream.data.batches import Batches
     from slipstream.data.conversations import load
@@ -124,8 +149,9 @@ def train(recipe: Recipe, out: Path) -> None:
     accelerator = start(recipe.train, out)
     store = None
     with accelerator.main_process_first():  # what it converts and tokenizes, the others find in caches
+        settings, device = recipe.target, _device(recipe.target, "cpu")
         target = load_target(
-            recipe.target.name, dtype=recipe.target.dtype, adapter=recipe.target.adapter, think=recipe.data.think
+            settings.name, dtype=settings.dtype, adapter=settings.adapter, device=device, think=recipe.data.think
         )
         target, head = _begin(recipe, target)
         if recipe.data.features is None:

@@ -1,0 +1,161 @@
+"""Bytes that training takes on a device and on the disk, from a head's and a target's shapes and the modules themselves.
+
+Not counted: the device's own context, fragmentation, buffers of the communication, decoding by `train.measure_every`.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from slipstream.distill.attention import UnrollAttention, block_size
+from slipstream.distill.draft import DraftConfig
+from slipstream.distill.loss import CHUNK, GROUP, TEACHER_CHUNK, TEACHER_GROUP
+from slipstream.train.optimizer import make_optimizers
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from torch import Tensor
+
+    from slipstream.configs.recipe import DataSettings, Recipe, TrainSettings
+    from slipstream.distill.draft import DraftHead
+    from slipstream.distill.target import Target
+
+ANSWERS = 160  # rows that `slipstream regenerate` answers at once
+_OBJECTIVE = 8  # tensors as large as a chunk's logits that an objective and its gradient make
+_SCORES = 5  # tensors as large as a block's scores that attention makes on the way back
+_STATE = {torch.optim.AdamW: 8, torch.optim.Muon: 4}  # bytes an optimizer keeps of a weight
+
+
+def size_of(tensors: Iterable[Tensor]) -> int:
+    """Bytes of tensors, each counted once."""
+    return sum(x.nbytes for x in {id(x): x for x in tensors}.values())
+
+
+def padded(data: DataSettings) -> tuple[int, int]:
+    """Rows and tokens a row of the largest micro-batch."""
+    return max(1, data.batch_tokens // data.max_length), data.max_length
+
+
+def captured_bytes(target: Target) -> int:
+    """Bytes of a token's states as training reads them."""
+    return (len(target.layer_ids) + 1) * target.config.hidden_size * target.dtype.itemsize
+
+
+def forward_bytes(target: Target, data: DataSettings) -> dict[str, int]:
+    """What a forward of the target holds at the end of a layer: the states behind every layer, and one MLP's."""
+    rows, length = padded(data)
+    shape = DraftConfig.for_target(target, 1)
+    width = (target.config.num_hidden_layers + 1) * shape.hidden_size + 3 * shape.intermediate_size
+    return {"target's forward": rows * length * (width * target.dtype.itemsize + captured_bytes(target))}
+
+
+def cache_bytes(target: Target, data: DataSettings) -> dict[str, int]:
+    """Keys and values of the answers that are written at once."""
+    shape = DraftConfig.for_target(target, 1)
+    width = 2 * shape.num_key_value_heads * shape.head_dim * target.config.num_hidden_layers
+    return {"keys and values": ANSWERS * data.max_length * width * target.dtype.itemsize}
+
+
+def train_bytes(head: DraftHead, settings: TrainSettings, processes: int = 1, zero: int = 0) -> dict[str, int]:
+    """What a process holds of the head's weights, gradients and optimizer state.
+
+    Shards are gathered for use and cut up again: of weights (FSDP2, stage 3) and gradients (these and stage 2) a process
+    holds its share and, for a moment, the whole. ZeRO's optimizers hold a copy of their share of the weights.
+    """
+    weights = size_of([*head.parameters(), *head.buffers(), *head.lm_head.parameters()])  # an eagle1 head's is lent
+    gradients = size_of(p for p in head.parameters() if p.requires_grad)
+    state = optimizer_bytes(head, settings)
+    sharded = zero == 3 or (settings.shard and not zero)
+    return {
+        "head": weights + (weights // processes if sharded else 0),
+        "gradients": gradients + (gradients // processes if sharded or zero == 2 else 0),
+        "optimizer": (state + (gradients if zero else 0)) // (processes if sharded or zero else 1),
+        **({} if settings.ema is None else {"average": size_of(head.parameters())}),
+    }
+
+
+def optimizer_bytes(head: DraftHead, settings: TrainSettings) -> int:
+    """State that the optimizers keep of all trained weights."""
+    optimizers = make_optimizers(head, settings)
+    return sum(_STATE[type(o)] * p.numel() for o in optimizers for group in o.param_groups for p in group["params"])
+
+
+def written_bytes(head: DraftHead, settings: TrainSettings) -> int:
+    """Checkpoint, best head and head; a file is written beside the one it replaces."""
+    weights = size_of([*head.parameters(), *head.buffers()])
+    average = weights if settings.ema is not None else 0
+    best = weights if settings.measure_every is not None else 0
+    return 2 * (weights + optimizer_bytes(head, settings) + average + best) + weights
+
+
+def batch_bytes(recipe: Recipe, target: Target, head: DraftHead, kind: str) -> dict[str, int]:
+    """What a micro-batch takes beside all that: the teacher first, then what the unrolled head keeps for its gradients."""
+    rows, length = padded(recipe.data)
+    tokens, vocabulary = rows * length, target.vocab_size
+    width = target.dtype.itemsize
+    lasting = tokens * (captured_bytes(target) + width * head.config.draft_vocab_size)
+    teacher = max(1, TEACHER_CHUNK // vocabulary) * (TEACHER_GROUP * width * vocabulary + 4 * vocabulary)
+    return {"teacher": lasting + teacher, "unrolled head": lasting + unroll_bytes(recipe, head, kind)}
+
+
+def unroll_bytes(recipe: Recipe, head: DraftHead, kind: str) -> int:
+    """Bytes that the unrolled head takes: it is run over tensors without content, and what its graph keeps is counted.
+
+    Args:
+        recipe: Size of a micro-batch, steps and precision.
+        head: On the meta device.
+        kind: Of the device.
+    """
+    rows, length = padded(recipe.data)
+    config, kept, outputs = head.config, {}, []
+
+    def keep(x: Tensor) -> Tensor:
+        storage = x.untyped_storage()
+        kept[storage._cdata] = storage.nbytes()
+        return x
+
+    twin = copy.deepcopy(head)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        twin.to_empty(device="cpu")
+        own = {x.untyped_storage()._cdata for x in twin.parameters()}
+        mixed = torch.autocast("cpu", torch.bfloat16, enabled=recipe.train.mixed_precision == "bf16")
+        with mixed, torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            features = torch.empty(rows, length, len(head.layer_ids) * config.target_hidden_size)
+            hidden, attend = twin.fuse(features).float(), UnrollAttention()
+            for step in range(recipe.distill.steps):
+                embedding = torch.empty(rows, length, config.hidden_size)
+                if step and config.kind == "parallel":
+                    embedding, hidden = twin.masks(rows, length)
+                hidden = twin(embedding, hidden, torch.arange(length).expand(rows, -1), attend)
+                outputs.append(
+                    twin.normed(hidden.flatten(0, 1)[torch.arange(rows * length)])
+                )  # a graph lives by its end
+    graph = sum(size for storage, size in kept.items() if storage not in own)
+    return features.nbytes + graph + max(_loss_bytes(recipe, head), _scores_bytes(recipe, head, kind))
+
+
+def _loss_bytes(recipe: Recipe, head: DraftHead) -> int:
+    """The loss makes its gradients on the way forward: of the outputs of all steps, and of the output layer."""
+    rows, length = padded(recipe.data)
+    width, vocabulary = head.config.hidden_size, head.config.draft_vocab_size
+    outputs = recipe.distill.steps * rows * length
+    mixed = recipe.train.mixed_precision == "bf16"
+    precision, copies = (
+        (2, 1) if mixed else (4, 0)
+    )  # of the output layer, beside its gradients and the last part of them
+    trained = sum(p.numel() for p in head.lm_head.parameters() if p.requires_grad)
+    layer = vocabulary * width * precision * copies + trained * (4 + precision)
+    slopes = min(GROUP, outputs) * vocabulary * precision
+    return outputs * width * precision + layer + slopes + _OBJECTIVE * 4 * min(CHUNK, outputs * vocabulary)
+
+
+def _scores_bytes(recipe: Recipe, head: DraftHead, kind: str) -> int:
+    """The gradients of the outputs and what attention makes for a block on the way back."""
+    rows, length = padded(recipe.data)
+    block = min(length, block_size(kind))
+    return _SCORES * 4 * rows * head.config.num_attention_heads * block * (length + recipe.distill.steps)
