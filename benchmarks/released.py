@@ -207,11 +207,7 @@ def answer_lines(study: Study, answers: Mapping[str, list[Record]]) -> tuple[lis
     measure_likelihood(target, study.rows, list(answers.values()))
     scored = [i for i, row in enumerate(study.rows) if "reference" in row or "test" in row]
     chosen = {name: [records[i] for i in scored] for name, records in answers.items()}
-    texts = [
-        [[target.chat_tokenizer.decode(ids, skip_special_tokens=True) for ids in r.outputs] for r in records]
-        for records in chosen.values()
-    ]
-    score_records([study.rows[i] for i in scored], texts, list(chosen.values()))
+    score_records(target, [study.rows[i] for i in scored], list(chosen.values()))
     scores = list(dict.fromkeys(name for records in chosen.values() for r in records for name in r.scores))
     lines = []
     for name, records in answers.items():
