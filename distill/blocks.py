@@ -1,7 +1,7 @@
-"""Attention by plain matrix products, one block of queries at a time: what a target on a CPU runs through here.
+"""Attention by plain matrix products, one block of queries at a time: how a target on a CPU reads texts here.
 
-torch's own kernel for the CPU takes two to three times as long in bf16, for whole texts and for a few tokens behind a
-context alike (benchmarks/forward.py). Nothing [L, L] is ever held.
+torch's own kernel for the CPU takes two to three times as long in bf16, which makes a forward over a whole text a third slower;
+for a few tokens behind a context it is the faster one (benchmarks/forward.py). Nothing [L, L] is ever held.
 """
 
 from __future__ import annotations
@@ -72,7 +72,8 @@ def _attention(
 ) -> tuple[Tensor, None]:
     """As transformers' `sdpa_attention_forward`, which takes what is not for us."""
     special = kwargs.get("position_bias") is not None or kwargs.get("cache") is not None
-    if query.device.type != "cpu" or dropout or special or kwargs.get("softcap") is not None:
+    few = query.shape[2] < BLOCK
+    if query.device.type != "cpu" or few or dropout or special or kwargs.get("softcap") is not None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout, scaling, is_causal=is_causal, **kwargs
         )
