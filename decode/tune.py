@@ -115,14 +115,15 @@ def tune(
     ran = _run(decoder, _candidates(points, best, budget), others, max_new_tokens, score)
     first, fixed = ran[0], budget.choose(ran)
     assert first.predicted and fixed.predicted
-    paired = [fixed] if fixed.rule.lossless else [first, fixed]
-    # What a trace does not tell is run: schedules, and copies from the text.
-    further = [replace(fixed, schedule=name) for name in SCHEDULES if name != "fixed"]
-    further += [replace(fixed, shape=replace(fixed.shape, copied=count)) for count in COPIES]
-    further = [*paired, *(replace(point, predicted=None) for point in further)]
-    again = _run(decoder, further, others, max_new_tokens, score)
+    # What a trace does not tell is run: copies from the text beside the two best trees, then the best under schedules.
+    rivals = [point for point in ran if budget.met(point) and point.shape != fixed.shape]
+    trees = [fixed, *sorted(rivals, key=lambda point: -point.speed)[:1]]
+    copied = [replace(p, shape=replace(p.shape, copied=count)) for p in trees for count in COPIES]
+    ran, again = _further(decoder, ran, fixed, copied, others, max_new_tokens, score)
+    copying = budget.choose(again)
+    scheduled = [replace(copying, schedule=name) for name in SCHEDULES if name != "fixed"]
+    ran, again = _further(decoder, ran, copying, scheduled, others, max_new_tokens, score)
     chosen = budget.choose(again)
-    ran = [point for point in ran if point not in paired] + again
     measured = {
         "budget": str(budget),
         "prompts": len(others),
@@ -139,6 +140,22 @@ def tune(
     }
     rows = [*(point.to_dict(False) for point in best), *(point.to_dict(point is chosen) for point in ran)]
     return replace(chosen.apply(decoder.policy), measured=measured), rows
+
+
+def _further(
+    decoder: Decoder,
+    ran: Sequence[Point],
+    best: Point,
+    points: Sequence[Point],
+    prompts: Sequence[dict[str, Any]],
+    max_new_tokens: int,
+    score: bool,
+) -> tuple[list[Point], list[Point]]:
+    """Run points beside the exact one and the best so far: all that ran, each as it last did, and those of this time."""
+    paired = [best] if best == ran[0] else [ran[0], best]
+    fresh = [*paired, *(replace(point, predicted=None) for point in points)]
+    again = _run(decoder, fresh, prompts, max_new_tokens, score)
+    return [again[0], *(point for point in ran if point not in paired), *again[1:]], again
 
 
 def _prompt(decoder: Decoder, row: dict[str, Any]) -> Tensor:

@@ -111,6 +111,8 @@ def test_the_chosen_policy_was_run_and_keeps_to_the_budget(decoder, budget):
         assert policy.relaxed in rules
         assert chosen["mean_regret_nats"] <= 0.5
     assert {row["confirmed"] for row in rows} == {True, False}
+    ran = [row["label"] for row in rows if row["confirmed"]]
+    assert len(set(ran)) == len(ran)
     exact = [row for row in rows if row["confirmed"] and row["lossless"]]
     assert exact
     assert all(row["agreement"] == 1 and row["mean_regret_nats"] == 0 for row in exact)
