@@ -110,17 +110,17 @@ def unroll(
     attend = UnrollAttention()
     row_b, row_p = rows // length, rows % length
     lasting = _labelled(mask, row_b, row_p, steps)
-    outputs, picks = [], []
+    position = row_p + 1 + torch.arange(steps, device=device)[:, None]  # the target's row that predicts the same token
+    pick = torch.where(
+        position < length - 1, index[row_b, position.clamp(max=length - 1)], -1
+    )  # [K, R], as all that follows
+    outputs = []
     for k in range(steps):
         embedding = _shift(embedded, 1 + k)
         if k and head.config.kind == "parallel":
             embedding, hidden = head.masks(batch, length)
         hidden = head(embedding, hidden, (at + k).expand(batch, -1), attend)
         outputs.append(hidden[row_b, row_p])
-        position = row_p + 1 + k  # the target's row that predicts the same token
-        inside = position < length - 1
-        picks.append(torch.where(inside, index[row_b, position.clamp(max=length - 1)], -1))
-    pick = torch.stack(picks)  # [K, R], as all that follows
     valid, pick = pick >= 0, pick.clamp(min=0)
     counted = valid & teacher.covered[pick]
     output = torch.stack(outputs)
@@ -134,15 +134,9 @@ def unroll(
         losses[counted] += distance.detach()
     hits = valid & (head.vocabulary()[guess].view_as(pick) == teacher.argmax[pick])
     survived = hits.cumprod(0)
-    return Unrolled(
-        total,
-        losses.sum(1),
-        counted.sum(1),
-        (survived * lasting).sum(1),
-        lasting.sum(),
-        survived.sum(0),
-        (row_b, row_p),
-    )
+    tried, kept = lasting.sum(), survived.sum(0)
+    hit = (survived * lasting).sum(1)
+    return Unrolled(total, losses.sum(1), counted.sum(1), hit, tried, kept, (row_b, row_p))
 
 
 def _noised(features: Tensor, width: float, generator: torch.Generator | None) -> Tensor:
