@@ -11,7 +11,6 @@ import torch
 from jsonargparse import auto_cli
 
 import slipstream
-from slipstream.data.template import encode_prompt
 from slipstream.decode.tasks import read_prompts
 from slipstream.decode.tree import make_tree
 from slipstream.decode.verify import Verifier, verify
@@ -55,9 +54,8 @@ def main(
         device: `cpu` or `cuda`.
     """
     decoder = slipstream.load(target, draft, dtype=dtype, device=device)
-    tokenizer = decoder.target.chat_tokenizer
     encoded = [
-        torch.tensor(encode_prompt(tokenizer, [{"role": "user", "content": row["turns"][0]}]))
+        torch.tensor(decoder.target.encode_prompt([{"role": "user", "content": row["turns"][0]}]))
         for row in read_prompts(limit=prompts)
     ]
     settings = {"max_new_tokens": max_new_tokens, "verify": "exact"}

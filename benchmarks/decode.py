@@ -17,7 +17,6 @@ from study import first_turns, run, table
 import slipstream
 from slipstream.configs.files import write_atomic
 from slipstream.configs.progress import progress
-from slipstream.data.template import encode_prompt
 from slipstream.decode.drafters import NGramDrafter
 from slipstream.decode.drawing import interval_text
 from slipstream.decode.engine import Decoder
@@ -30,7 +29,7 @@ from slipstream.distill.target import Target
 
 def _look_up(target: Target, row: dict[str, Any], max_new_tokens: int) -> Record:
     """transformers' assisted generation with prompt look-up."""
-    ids = encode_prompt(target.chat_tokenizer, [{"role": "user", "content": row["turns"][0]}])
+    ids = target.encode_prompt([{"role": "user", "content": row["turns"][0]}])
     prompt = torch.tensor([ids], device=target.device)
     begun = time.perf_counter()
     out = target.model.generate(

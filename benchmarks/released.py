@@ -23,7 +23,6 @@ from study import Study, mean, regret, relaxed, run, sums, table, tau, words
 
 from slipstream.configs.progress import progress
 from slipstream.data.journal import Journal
-from slipstream.data.template import encode_prompt
 from slipstream.decode.engine import Decoder
 from slipstream.decode.evaluate import mean_interval
 from slipstream.decode.fidelity import likelihood, measure_likelihood
@@ -145,7 +144,7 @@ def distances(found: Tensor, p: Tensor, draws: int) -> dict[str, float]:
 def positions(decoder: Decoder, row: dict[str, Any], tokens: int, count: int, seed: int) -> list[Position]:
     """Rounds of an exact answer at T = 1, at equal distances; all of them where there are fewer than `count`."""
     seen = Positions()
-    ids = encode_prompt(decoder.target.chat_tokenizer, [{"role": "user", "content": row["turns"][0]}])
+    ids = decoder.target.encode_prompt([{"role": "user", "content": row["turns"][0]}])
     prompt = torch.tensor([ids], device=decoder.target.device)
     decoder.generate(
         prompt, max_new_tokens=tokens, temperature=1.0, verify="exact", eos_token_id=None, seed=seed, observer=seen

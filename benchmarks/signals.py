@@ -16,11 +16,9 @@ import numpy as np
 import torch
 from study import Study, digest, regret, relaxed, resamples, run, sums, table, tau, words
 
-from slipstream.configs.progress import progress
-from slipstream.data.template import encode_prompt
-from slipstream.decode.recorder import record
 from slipstream.decode.replay import replay
 from slipstream.decode.trace import Trace
+from slipstream.decode.tune import record_exact
 from slipstream.decode.verify import Verifier
 from slipstream.distill.relaxation import near_top
 
@@ -42,12 +40,7 @@ def traced(study: Study) -> Trace:
     path = study.out / f"trace-{digest([study.begun, decoder.policy.to_dict()])}.arrow"
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
-        with record(path, decoder) as recorder, progress("trace", len(study.rows), "prompts") as advance:
-            for row in study.rows:
-                chat = [{"role": "user", "content": row["turns"][0]}]
-                ids = torch.tensor([encode_prompt(decoder.target.chat_tokenizer, chat)], device=decoder.target.device)
-                decoder.generate(ids, max_new_tokens=study.tokens, verify="exact", observer=recorder)
-                advance()
+        record_exact(decoder, study.rows, path, study.tokens)
     return Trace.open(path, decoder)
 
 

@@ -107,7 +107,8 @@ def tune(
         path = trace or Path(folder) / "trace.arrow"
         if not path.is_file():
             path.parent.mkdir(parents=True, exist_ok=True)
-            _record(decoder, prompts[::2], path, max_new_tokens)
+            policy = replace(decoder.policy, tree=LARGEST, speculation=Speculation())
+            record_exact(Decoder(decoder.target, decoder.drafter, policy), prompts[::2], path, max_new_tokens)
         recorded = Trace.open(path, decoder)  # another head's is refused before anything is timed
         costs = measure_costs(decoder, [_prompt(decoder, row) for row in prompts])
         points = predict(recorded, costs, shapes, rules)
@@ -164,13 +165,12 @@ def _prompt(decoder: Decoder, row: dict[str, Any]) -> Tensor:
     return torch.tensor([decoder.target.encode_prompt(messages)], device=decoder.target.device)
 
 
-def _record(decoder: Decoder, prompts: Sequence[dict[str, Any]], path: Path, max_new_tokens: int) -> None:
-    """Decode the prompts' first turns exactly, with the largest tree, into a trace."""
-    large = Decoder(decoder.target, decoder.drafter, replace(decoder.policy, tree=LARGEST, speculation=Speculation()))
-    with record(path, large) as recorder, progress("trace", len(prompts), "prompts") as advance:
+def record_exact(decoder: Decoder, prompts: Sequence[dict[str, Any]], path: Path, max_new_tokens: int) -> None:
+    """Decode the prompts' first turns exactly and greedily into a trace."""
+    with record(path, decoder) as recorder, progress("trace", len(prompts), "prompts") as advance:
         for row in prompts:
             ids = _prompt(decoder, row)
-            large.generate(ids, max_new_tokens=max_new_tokens, verify="exact", observer=recorder)
+            decoder.generate(ids, max_new_tokens=max_new_tokens, verify="exact", observer=recorder)
             advance()
 
 

@@ -42,8 +42,13 @@ class UnrollAttention:
         keys, values = self._steps.setdefault(layer, ([], []))
         keys.append(key)
         values.append(value)
-        out: Tensor = _Blocked.apply(query, keys[0], values[0], torch.stack(keys)[1:], torch.stack(values)[1:])
+        out: Tensor = _Blocked.apply(query, keys[0], values[0], _stacked(keys), _stacked(values))
         return out
+
+
+def _stacked(steps: list[Tensor]) -> Tensor:
+    """Those of steps 1..k, [k, ..]."""
+    return torch.stack(steps[1:]) if len(steps) > 1 else steps[0].new_empty(0, *steps[0].shape)
 
 
 class _Blocked(torch.autograd.Function):

@@ -14,11 +14,14 @@ from torch import Tensor
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from slipstream.distill.attention import block_size
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-BLOCK = 64
-"""Queries of a block; its scores stay in a core's cache."""
+BLOCK = block_size("cpu")
+FEW = 64
+"""Queries below which torch's kernel is the faster one."""
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, *, causal: bool) -> Tensor:
@@ -72,7 +75,7 @@ def _attention(
 ) -> tuple[Tensor, None]:
     """As transformers' `sdpa_attention_forward`, which takes what is not for us."""
     special = kwargs.get("position_bias") is not None or kwargs.get("cache") is not None
-    few = query.shape[2] < BLOCK
+    few = query.shape[2] < FEW
     if query.device.type != "cpu" or few or dropout or special or kwargs.get("softcap") is not None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout, scaling, is_causal=is_causal, **kwargs

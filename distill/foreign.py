@@ -15,7 +15,7 @@ from slipstream.configs.errors import SlipstreamError
 from slipstream.configs.files import folder_atomic
 from slipstream.distill.draft import DraftConfig, DraftHead
 from slipstream.distill.formats import EMBEDDINGS, FORMATS, LAYER, VARIANTS, outputs_of
-from slipstream.distill.heads import versions
+from slipstream.distill.heads import read_provenance, versions
 from slipstream.distill.target import aux_layer_ids, load_target, target_config
 from slipstream.distill.tensors import read_json, read_tensors
 
@@ -73,7 +73,7 @@ def import_head(folder: Path, out: Path, *, target: str | None = None) -> Foreig
         SlipstreamError: If something is missing, unexpected, damaged or contradictory; the message names it.
     """
     foreign = read_foreign(folder, target)
-    provenance = read_json(folder / "provenance.json") if (folder / "provenance.json").is_file() else {}
+    provenance = read_provenance(folder)
     imported = {"folder": str(folder), "format": foreign.format, "notes": list(foreign.notes)}
     with folder_atomic(out) as temporary:
         foreign.config.save_pretrained(temporary)

@@ -18,6 +18,7 @@ from slipstream.configs.files import folder_atomic
 from slipstream.distill.draft import DraftConfig, DraftHead
 from slipstream.distill.hub import commit, fetch
 from slipstream.distill.store import weights_fingerprint
+from slipstream.distill.tensors import read_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -103,10 +104,14 @@ def locate(draft: str | Path) -> Path:
 
 def trained_think(folder: Path) -> bool | None:
     """What the chat template was told about thinking where a head was trained; None where nothing, or nobody says."""
-    provenance = folder / "provenance.json"
-    trained = json.loads(provenance.read_text()) if provenance.is_file() else {}
-    think: bool | None = trained.get("recipe", {}).get("data", {}).get("think")
+    think: bool | None = read_provenance(folder).get("recipe", {}).get("data", {}).get("think")
     return think
+
+
+def read_provenance(folder: Path) -> dict[str, Any]:
+    """Where a head came from; empty where nobody says."""
+    file = folder / "provenance.json"
+    return read_json(file) if file.is_file() else {}
 
 
 def is_head(folder: Path) -> bool:

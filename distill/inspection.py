@@ -11,7 +11,7 @@ from slipstream.configs.errors import SlipstreamError
 from slipstream.distill.draft import DraftConfig, DraftHead
 from slipstream.distill.foreign import flatten, format_of, read_foreign
 from slipstream.distill.formats import EMBEDDINGS, ENGINES, FORMATS, export_tensors, obstacle, outputs_of
-from slipstream.distill.heads import load_head
+from slipstream.distill.heads import load_head, read_provenance
 from slipstream.distill.tensors import read_json, read_tensors
 
 if TYPE_CHECKING:
@@ -84,8 +84,7 @@ def _obstacles(engine: str, config: DraftConfig, stated: dict[str, Any], names: 
 
 def _origin(folder: Path) -> dict[str, str]:
     """Which revision of its target a head was trained on, and a fingerprint of its weights, where provenance.json says."""
-    file = folder / "provenance.json"
-    told = read_json(file) if file.is_file() else {}
+    told = read_provenance(folder)
     what = {"target's revision": told.get("revision"), "target's weights": told.get("weights")}
     return {name: str(value or "not recorded") for name, value in what.items()}
 

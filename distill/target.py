@@ -388,8 +388,13 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     Raises:
         SlipstreamError: If there is none.
     """
+    return _tokenizer(name, _locate(name))
+
+
+def _tokenizer(name: str, place: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a target that was located."""
     try:
-        return AutoTokenizer.from_pretrained(_locate(name))
+        return AutoTokenizer.from_pretrained(place)
     except (OSError, ValueError) as error:
         raise SlipstreamError(f"target {name!r} has no tokenizer: {str(error).splitlines()[0]}") from error
 
@@ -434,7 +439,7 @@ def load_target(
         raise SlipstreamError(
             f"target {name!r} is no whole model: weights {sorted(info['missing_keys'])[:3]} are missing"
         )
-    tokenizer = load_tokenizer(name)
+    tokenizer = _tokenizer(name, place)
     if adapter is not None:
         from peft import PeftModel  # peft imports slowly
 

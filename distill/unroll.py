@@ -99,8 +99,9 @@ def unroll(
     needed = torch.zeros(batch, length, dtype=torch.bool, device=device)
     needed[:, :-1] = mask[:, 1:]
     captured = captured or target.capture(input_ids)
+    states = captured.hidden[needed]
     with torch.autocast(device.type, enabled=False):  # the teacher has the target's own precision
-        teacher = teach(target.logits, captured.hidden[needed], head.vocabulary(), head.t2d, relaxation)
+        teacher = teach(target.logits, states, head.vocabulary(), head.t2d, relaxation)
     index = torch.full((batch, length), -1, device=device)
     index[needed] = torch.arange(len(teacher.argmax), device=device)  # where token position's teacher lies
 
@@ -128,8 +129,7 @@ def unroll(
     total, losses, guess = head_loss(head, output.flatten(0, 1), teacher, pick.flatten(), weights.flatten(), objective)
     losses = losses.view_as(pick)
     if feature_weight:
-        aim = captured.hidden[needed][pick[counted]]
-        distance = feature_weight * _feature_distance(head.normed(output[counted]), aim)
+        distance = feature_weight * _feature_distance(head.normed(output[counted]), states[pick[counted]])
         total = total + (distance * weights[counted]).sum()
         losses[counted] += distance.detach()
     hits = valid & (head.vocabulary()[guess].view_as(pick) == teacher.argmax[pick])

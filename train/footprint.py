@@ -155,7 +155,7 @@ def _loss_bytes(recipe: Recipe, head: DraftHead) -> int:
 
 
 def _scores_bytes(recipe: Recipe, head: DraftHead, kind: str) -> int:
-    """The gradients of the outputs and what attention makes for a block on the way back."""
+    """What attention makes for a block on the way back."""
     rows, length = padded(recipe.data)
     block = min(length, block_size(kind))
     return _SCORES * 4 * rows * head.config.num_attention_heads * block * (length + recipe.distill.steps)
