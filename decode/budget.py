@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 from slipstream.configs.errors import SlipstreamError
 from slipstream.configs.suggest import near
+from slipstream.decode.evaluate import interval
 from slipstream.decode.speculation import Speculation
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from slipstream.decode.evaluate import Record
     from slipstream.decode.policy import Policy
     from slipstream.decode.tree import TreeShape
     from slipstream.decode.verify import Verifier
@@ -65,14 +67,18 @@ class Budget:
         return self._loss(point) <= (self.value if self.kind == "regret" else -self.value)
 
     def choose(self, ran: Sequence[Point]) -> Point:
-        """The fastest point that was run and keeps to it.
+        """The fastest point that was run and keeps to it; of those that cannot be told from it, the one that accepts most.
+
+        Speeds of a few answers differ by chance. How many tokens a round gives does not, and where verifying is cheaper
+        than here it is what counts.
 
         Raises:
             SlipstreamError: If there is none; the nearest is named.
         """
         within = [point for point in ran if self.met(point)]
         if within:
-            return max(within, key=lambda point: point.speed)
+            fastest = max(within, key=lambda point: point.speed)
+            return max((point for point in within if not point.slower(fastest)), key=lambda point: point.tau)
         relaxed = [point for point in ran if not point.rule.lossless]
         nearest = min(relaxed, key=lambda point: (self._loss(point), -point.speed))
         found = {
@@ -108,6 +114,7 @@ class Point:
         recovery_ci95: Its 95 % interval over prompts; None where there is none.
         scores: The task scores by name, as `scores.score_means` has them; empty where answers were not scored.
         confirmed: Whether it was run.
+        records: What it did on each prompt it was run on.
     """
 
     shape: TreeShape
@@ -123,6 +130,14 @@ class Point:
     recovery_ci95: list[float] | None = field(default=None, compare=False)
     scores: dict[str, dict[str, Any]] = field(default_factory=dict, compare=False)
     confirmed: bool = False
+    records: Sequence[Record] = field(default=(), compare=False, repr=False)
+
+    def slower(self, other: Point) -> bool:
+        """Whether this point is slower than another on the same prompts, beyond the 95 % interval of their ratio."""
+        if not (self.records and other.records):
+            return self.speed < other.speed
+        ratio, bounds = interval(other.records, self.records, seed=0)
+        return (bounds[1] if bounds else ratio) < 1
 
     @property
     def label(self) -> str:

@@ -241,7 +241,7 @@ def compare(
     return records
 
 
-def interval(base: list[Record], ours: list[Record], seed: int) -> tuple[float, list[float] | None]:
+def interval(base: Sequence[Record], ours: Sequence[Record], seed: int) -> tuple[float, list[float] | None]:
     """Ratio of pooled tokens per second, and its 95 % interval: paired bootstrap over prompts, or over batches of them.
 
     A single one has no interval; so with `mean_interval`.

@@ -68,6 +68,7 @@ COPIES = (3, 5, 8)
 
 _WIDELY = 16  # trees that all rules are tried on
 _RUNS = 3  # points that are run beside the fastest exact one
+_NEARLY = 0.95  # of the fastest: what speeds foreseen from a trace may be wrong by
 
 
 def tune(
@@ -116,10 +117,9 @@ def tune(
     ran = _run(decoder, _candidates(points, best, budget), others, max_new_tokens, score)
     first, fixed = ran[0], budget.choose(ran)
     assert first.predicted and fixed.predicted
-    # What a trace does not tell is run: copies from the text beside the two best trees, then the best under schedules.
-    rivals = [point for point in ran if budget.met(point) and point.shape != fixed.shape]
-    trees = [fixed, *sorted(rivals, key=lambda point: -point.speed)[:1]]
-    copied = [replace(p, shape=replace(p.shape, copied=count)) for p in trees for count in COPIES]
+    # What a trace does not tell is run: copies from the text beside two trees, then the best under schedules.
+    trees = dict.fromkeys([fixed.shape, _longest(points)])
+    copied = [replace(fixed, shape=replace(shape, copied=count)) for shape in trees for count in COPIES]
     ran, again = _further(decoder, ran, fixed, copied, others, max_new_tokens, score)
     copying = budget.choose(again)
     scheduled = [replace(copying, schedule=name) for name in SCHEDULES if name != "fixed"]
@@ -233,6 +233,13 @@ def frontier(points: Sequence[Point]) -> list[Point]:
     return out
 
 
+def _longest(points: Sequence[Point]) -> TreeShape:
+    """Of the trees that exact decoding should be nearly as fast with as with the fastest, the one that accepts most."""
+    exact = [point for point in points if point.rule.lossless]
+    least = _NEARLY * max(point.speed for point in exact)
+    return max((point for point in exact if point.speed >= least), key=lambda point: point.tau).shape
+
+
 def _candidates(points: Sequence[Point], best: Sequence[Point], budget: Budget) -> list[Point]:
     """Which points to run: the fastest exact one first, then the most promising ones of the budget's kind."""
     exact, relaxed = ([p for p in points if p.rule.lossless is kind] for kind in (True, False))
@@ -280,6 +287,7 @@ def _confirmed(point: Point, records: Sequence[Record], exact: Sequence[Record])
         predicted=point.predicted if point.confirmed else point.speed,
         agreement=same / max(1, longer),
         confirmed=True,
+        records=records,
     )
     scores = score_means(exact, records, seed=0)
     if not scores:

@@ -16,7 +16,7 @@ from slipstream.configs.errors import SlipstreamError
 from slipstream.decode.budget import Budget, Point
 from slipstream.decode.drafters import HeadDrafter
 from slipstream.decode.engine import Decoder
-from slipstream.decode.evaluate import answer
+from slipstream.decode.evaluate import Record, answer
 from slipstream.decode.policy import Policy
 from slipstream.decode.scores import rouge_l
 from slipstream.decode.tune import tune
@@ -94,6 +94,18 @@ def test_the_fastest_within_a_budget_is_chosen_or_the_nearest_named():
     assert Budget.parse("task=0.98").choose([EXACT, MARS, faster, loose]) is faster
     with pytest.raises(SlipstreamError, match=r"keeps to task=0.99 here; the nearest has 0.981 .* margin 0.5, depth"):
         Budget.parse("task=0.99").choose([EXACT, loose, MARS])
+
+
+def test_of_points_as_fast_as_the_fastest_the_one_that_accepts_most_is_chosen():
+    def ran(seconds: list[float], tau: float) -> Point:
+        records = [Record("all", 10, each) for each in seconds]
+        return replace(MARS, speed=10 * len(records) / sum(seconds), tau=tau, records=records)
+
+    fastest = ran([1.0, 1.1, 0.9, 1.0], 1.6)
+    alike = ran([0.99, 1.15, 0.88, 1.03], 2.0)  # now faster, now slower
+    slower = ran([1.04, 1.15, 0.95, 1.05], 2.5)  # by a twentieth, on every prompt
+    assert Budget("regret", 0.02).choose([fastest, slower, alike]) is alike
+    assert Budget("regret", 0.02).choose([fastest, slower]) is fastest
 
 
 def test_a_point_says_what_it_is():
