@@ -34,9 +34,10 @@ from slipstream.distill.target import Captured, Target, load_target
 from slipstream.train.trainer import Trainer
 
 FEATURE = {"feature_weight": 1.0}
+LK_LAMBDA = DistillSettings(objectives={"lk_lambda": 1.0})
 VARIANTS: dict[str, tuple[HeadSettings, DistillSettings]] = {
-    "forward_kl": (HeadSettings(), DistillSettings(objectives={"forward_kl": 1.0})),
-    "lk_lambda": (HeadSettings(), DistillSettings()),
+    "forward_kl": (HeadSettings(), DistillSettings()),
+    "lk_lambda": (HeadSettings(), LK_LAMBDA),
     "lk_margin": (HeadSettings(), DistillSettings(objectives={"lk_margin": 1.0})),
     "lk_lambda + tree_hinge": (HeadSettings(), DistillSettings(objectives={"lk_lambda": 1.0, "tree_hinge": 0.1})),
     "eagle1": (
@@ -44,7 +45,7 @@ VARIANTS: dict[str, tuple[HeadSettings, DistillSettings]] = {
         DistillSettings(objectives={"forward_kl": 0.1}, steps=1, noise=0.2, **FEATURE),
     ),
     "hass": (HeadSettings(kind="eagle1"), DistillSettings(objectives={"forward_kl": 0.1, "top_k": 1.0}, **FEATURE)),
-    "parallel": (HeadSettings(kind="parallel"), DistillSettings()),
+    "parallel": (HeadSettings(kind="parallel"), LK_LAMBDA),
 }
 TREE = TreeShape(3, 4, 16)
 BATCH = 4  # prompts answered together

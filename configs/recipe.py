@@ -123,7 +123,7 @@ class DistillSettings:
 
     steps: int = 3
     step_decay: float = 0.8
-    objectives: dict[str, float] = field(default_factory=lambda: {"lk_lambda": 1.0})
+    objectives: dict[str, float] = field(default_factory=lambda: {"forward_kl": 1.0})
     relaxed_signal: str = "margin"
     relaxed_threshold: float = 0.5
     noise: float = 0.0

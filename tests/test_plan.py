@@ -59,12 +59,12 @@ def shape(tmp_path_factory) -> Path:
     return folder
 
 
-def recipe(shape: Path, head: dict | None = None, train: dict | None = None) -> Recipe:
+def recipe(shape: Path, head: dict | None = None, train: dict | None = None, objective: str = "forward_kl") -> Recipe:
     return Recipe(
         target=TargetSettings(str(shape)),
         data=DataSettings(max_length=LENGTH, batch_tokens=BATCH),
         head=HeadSettings(**{"draft_vocab_size": VOCABULARY, **(head or {})}),
-        distill=DistillSettings(steps=4, single=0.0),
+        distill=DistillSettings(steps=4, single=0.0, objectives={objective: 1.0}),
         train=TrainSettings(**{"max_steps": 4, **(train or {})}),
     )
 
@@ -94,17 +94,17 @@ def peak(step) -> int:
 
 
 @pytest.mark.parametrize(
-    ("head", "train"),
+    ("head", "train", "objective"),
     [
-        ({}, {"optimizer": "adamw"}),
-        ({"kind": "eagle1"}, {"optimizer": "adamw", "ema": 0.9}),
-        ({"kind": "parallel"}, {}),
-        ({"layers": 2, "norm_before_fc": True}, {"mixed_precision": "no"}),
-        ({"hidden_size": 128}, {}),
+        ({}, {"optimizer": "adamw"}, "forward_kl"),
+        ({"kind": "eagle1"}, {"optimizer": "adamw", "ema": 0.9}, "lk_lambda"),
+        ({"kind": "parallel"}, {}, "lk_lambda"),
+        ({"layers": 2, "norm_before_fc": True}, {"mixed_precision": "no"}, "forward_kl"),
+        ({"hidden_size": 128}, {}, "forward_kl"),
     ],
 )
-def test_a_real_step_takes_the_memory_that_was_foretold(shape, tmp_path, head, train):
-    settings = recipe(shape, head, train)
+def test_a_real_step_takes_the_memory_that_was_foretold(shape, tmp_path, head, train, objective):
+    settings = recipe(shape, head, train, objective)
     outlined, empty = outline(settings)
     online = stages(settings, outlined, empty, Text.unknown(settings.data), MACHINE)[2]
     target = real_target(shape).reading(outlined.layer_ids)

@@ -26,7 +26,9 @@ if TYPE_CHECKING:
     from slipstream.distill.target import Target
 
 ANSWERS = 160  # rows that `slipstream regenerate` answers at once
-_OBJECTIVE = 8  # tensors as large as a chunk's logits that an objective and its gradient make
+_OBJECTIVE = {
+    "forward_kl": 5
+}  # tensors as large as a chunk's logits that an objective and its gradient make; others, 8
 _SCORES = 5  # tensors as large as a block's scores that attention makes on the way back
 _STATE = {torch.optim.AdamW: 8, torch.optim.Muon: 4}  # bytes an optimizer keeps of a weight
 
@@ -151,7 +153,8 @@ def _loss_bytes(recipe: Recipe, head: DraftHead) -> int:
     trained = sum(p.numel() for p in head.lm_head.parameters() if p.requires_grad)
     layer = vocabulary * width * precision * copies + trained * (4 + precision)
     slopes = min(GROUP, outputs) * vocabulary * precision
-    return outputs * width * precision + layer + slopes + _OBJECTIVE * 4 * min(CHUNK, outputs * vocabulary)
+    made = max(_OBJECTIVE.get(name, 8) for name in recipe.distill.objectives)
+    return outputs * width * precision + layer + slopes + made * 4 * min(CHUNK, outputs * vocabulary)
 
 
 def _scores_bytes(recipe: Recipe, head: DraftHead, kind: str) -> int:
