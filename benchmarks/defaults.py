@@ -11,7 +11,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from study import Study, regret, relaxed, run, speed, sums, table, tau, words
+from plots import Panel, draw_curves
+from study import Study, regret, relaxed, run, show, speed, sums, table, tau, words
 
 from slipstream.decode.evaluate import interval
 from slipstream.decode.speculation import Speculation
@@ -22,7 +23,7 @@ WANTED = 1.25
 
 
 def main(ratio: float = 0.9, **settings: Any) -> None:
-    """Print a Markdown table, and whether the tuned policy is as much faster as it should be.
+    """Print a Markdown table, and whether the tuned policy is as much faster as it should be; draw speed and regret.
 
     Args:
         ratio: The paper's threshold.
@@ -57,7 +58,18 @@ def main(ratio: float = 0.9, **settings: Any) -> None:
     ratio_of, span = interval(answers[untuned], answers["tuned, mars"], 0)
     ours, theirs = regret(counts["tuned, mars"])[0], regret(counts[untuned])[0]
     verdict = "met" if ratio_of >= WANTED and ours <= theirs else "missed"
-    study.show(
+    pairs = {"paper's tree": (strict, untuned), "tuned": ("tuned, exact", "tuned, mars")}
+    points = {
+        tree: [(regret(counts[name])[0], speed(answers[name])) for name in rules] for tree, rules in pairs.items()
+    }
+    show(
+        study.out,
+        draw_curves(
+            "Speed and regret of the tuned policy and of the paper's settings, exact and with MARS",
+            [Panel("exact at regret 0, MARS right of it", points)],
+            "regret (nats per token)",
+            "tokens per second",
+        ),
         table([*names, "answer length"], lines),
         f"Tuned over untuned: {words((ratio_of, span))} of the tokens per second at a regret of {ours:.4f} against "
         f"{theirs:.4f} nats a token; {WANTED} at no more regret is {verdict}.",

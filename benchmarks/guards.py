@@ -10,10 +10,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from study import Study, mean, regret, relaxed, run, speed, sums, table, tau, words
+from plots import Panel, draw_curves
+from study import Study, mean, regret, relaxed, run, show, speed, sums, table, tau, words
 
 from slipstream.decode.evaluate import interval
-from slipstream.decode.fidelity import agreement, likelihood, measure_likelihood
+from slipstream.decode.fidelity import agreement, likelihood, measure_likelihood, regret_by_length
 from slipstream.decode.verify import Verifier
 
 if TYPE_CHECKING:
@@ -38,13 +39,18 @@ def halves(records: Sequence[Record], tokens: int) -> tuple[float, float]:
     return first, second
 
 
+def spent(records: Sequence[Record]) -> list[tuple[float, float]]:
+    """Regret so far, nats, after so many tokens; mean of the answers that are so long."""
+    return [(0.0, 0.0), *((p["tokens"], p["mean"]) for p in regret_by_length(records) or [])]
+
+
 def main(
     tokens: int = 512,
     rule: str = "mars:margin=1",
     guards: list[str] = GUARDS,
     **settings: Any,
 ) -> None:
-    """Print two Markdown tables: speed and regret, and what became of the answers.
+    """Print two Markdown tables: speed and regret, and what became of the answers; draw how regret adds up.
 
     Args:
         tokens: New tokens an answer.
@@ -58,6 +64,7 @@ def main(
         Verifier.of(text)  # or an error, before the model is loaded
     answers = study.answers({name: (study.decoder, text) for name, text in rules.items()})
     measure_likelihood(study.decoder.target, study.rows, list(answers.values()))
+    guarded = [name for name in rules if name != "exact"]
     costs, texts = [], []
     for name, records in answers.items():
         counts = sums(records)
@@ -89,7 +96,14 @@ def main(
                 words(mean([1 - distinct(output, 4) for output in outputs]), 3),
             ]
         )
-    study.show(
+    show(
+        study.out,
+        draw_curves(
+            f"How regret adds up along answers under {rule}, by guard",
+            [Panel(f"{rule}: mean of the answers that are so long", {name: spent(answers[name]) for name in guarded})],
+            "tokens of the answer",
+            "regret so far (nats)",
+        ),
         table(
             [
                 f"{rule} with",

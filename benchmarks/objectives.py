@@ -3,7 +3,8 @@
     python benchmarks/objectives.py --out runs/objectives --variants '["lk_lambda", "lk_margin"]' --seeds '[0, 1, 2]'
 
 Every head answers the same prompts, greedily and at temperature 1; intervals are a paired bootstrap over prompts, all seeds
-pooled. Heads and what was measured with them stay in the folder: an interrupted run goes on.
+pooled. In the figure they are those of the difference to the first variant, laid around its acceptance length. Heads and what
+was measured with them stay in the folder: an interrupted run goes on.
 """
 
 from __future__ import annotations
@@ -11,10 +12,11 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from study import first_turns, resamples, run, sums, table
+from plots import Part, draw_points
+from study import first_turns, resamples, run, show, sums, table
 
 from slipstream.configs.files import write_atomic
 from slipstream.configs.progress import progress
@@ -26,12 +28,16 @@ from slipstream.decode.drafters import HeadDrafter
 from slipstream.decode.engine import Decoder
 from slipstream.decode.evaluate import answer_batch
 from slipstream.decode.policy import Policy
+from slipstream.decode.report import require_figures
 from slipstream.decode.tree import TreeShape
 from slipstream.decode.verify import Verifier
 from slipstream.distill.features import OnlineFeatures
 from slipstream.distill.heads import load_head, new_head, save_head
 from slipstream.distill.target import Captured, Target, load_target
 from slipstream.train.trainer import Trainer
+
+if TYPE_CHECKING:
+    from study import Stated
 
 FEATURE = {"feature_weight": 1.0}
 LK_LAMBDA = DistillSettings(objectives={"lk_lambda": 1.0})
@@ -100,17 +106,47 @@ def measured(
     return dict(json.loads(place.read_text()))
 
 
+def tau(counts: np.ndarray) -> np.ndarray:
+    """Acceptance lengths, prompts pooled; [.., prompts, 4] gives [..]."""
+    return counts[..., 0].sum(-1) / counts[..., 1].sum(-1)
+
+
 def difference(ours: np.ndarray, base: np.ndarray) -> tuple[float, float, float]:
     """Acceptance length above another's, and its 95 % interval; [prompts, seeds, 4] each."""
     picks = resamples(len(ours))
-
-    def tau(x: np.ndarray) -> np.ndarray:
-        return x[..., 0].sum(-1) / x[..., 1].sum(-1)
-
     spread = tau(ours[picks].sum(-2)) - tau(base[picks].sum(-2))
     value = tau(ours.sum(1)) - tau(base.sum(1))
     low, high = np.quantile(spread, [0.025, 0.975])
     return float(value), float(low), float(high)
+
+
+def compared(counts: dict[str, dict[str, np.ndarray]]) -> str:
+    """The table: by case and variant [prompts, seeds, 4], the first variant being what the others are compared with."""
+    lines = []
+    for case, by_name in counts.items():
+        first = next(iter(by_name.values()))
+        for name, mine in by_name.items():
+            value, low, high = difference(mine, first)
+            total = mine.sum((0, 1))
+            alone = ", ".join(f"{length:.3f}" for length in tau(mine.swapaxes(0, 1)))
+            change = f"{value:+.3f} [{low:+.3f}, {high:+.3f}]"
+            lines.append([case, name, f"{total[0] / total[1]:.3f}", alone, change, f"{total[2] / total[3]:.4f}"])
+    columns = ["decoding", "variant", "acceptance length", "by seed", "over the first (95 %)", "regret (nats/token)"]
+    return table(columns, lines, left=2)
+
+
+def drawn(case: str, by_name: dict[str, np.ndarray], seeds: list[int]) -> Part:
+    """Acceptance lengths of one case: all seeds of a variant, and each where there are several."""
+    first = next(iter(by_name.values()))
+    base = float(tau(first.sum(1)))
+    lines: dict[str, dict[str, Stated]] = {}
+    for name, mine in by_name.items():
+        _, low, high = difference(mine, first)
+        bounds = None if mine is first else [base + low, base + high]
+        each = zip(seeds, tau(mine.swapaxes(0, 1)), strict=True) if len(seeds) > 1 else ()
+        lines[name] = {"all seeds": (float(tau(mine.sum(1))), bounds)}
+        lines[name] |= {f"seed {seed}": (float(length), None) for seed, length in each}
+    return Part(case, lines, base)
 
 
 def main(
@@ -124,10 +160,10 @@ def main(
     limit: int = 20,
     tokens: int = 64,
 ) -> None:
-    """Print a Markdown table; the first variant is what the others are compared with.
+    """Print a Markdown table, and draw it; the first variant is what the others are compared with.
 
     Args:
-        out: Folder for heads and results.
+        out: Folder for heads and results, table and figure.
         variants: Of `VARIANTS`.
         seeds: Of each.
         steps: Optimizer steps of each.
@@ -137,6 +173,7 @@ def main(
         limit: First prompts of each file; only first turns are asked.
         tokens: New tokens an answer.
     """
+    require_figures()
     relaxed = Verifier("mars", "margin", margin)
     cases = {
         "exact, T=0": (Verifier(), 0.0),
@@ -154,21 +191,15 @@ def main(
         memory = kept.setdefault(tuple(reading.layer_ids), {})
         folders = [trained(name, seed, reading, steps, batches, margin, out, memory) for seed in seeds]
         results[name] = [measured(folder, reading, cases, rows, tokens) for folder in folders]
-    lines = []
-    for case in cases:
-        for name in variants:
-            mine, first = (
-                np.array([run[case] for run in results[which]]).swapaxes(0, 1) for which in (name, variants[0])
-            )
-            value, low, high = difference(mine, first)
-            total = mine.sum((0, 1))
-            alone = ", ".join(f"{taken / rounds:.3f}" for taken, rounds in mine.sum(0)[:, :2])
-            change = f"{value:+.3f} [{low:+.3f}, {high:+.3f}]"
-            lines.append(
-                [case, name, f"{total[0] / total[1]:.3f}", alone, change, f"{total[2] / total[3]:.4f}"],
-            )
-    columns = ["decoding", "variant", "acceptance length", "by seed", "over the first (95 %)", "regret (nats/token)"]
-    print(table(columns, lines, left=2))
+    counts = {
+        case: {name: np.array([run[case] for run in runs]).swapaxes(0, 1) for name, runs in results.items()}
+        for case in cases
+    }
+    figure = draw_points(
+        f"Acceptance length by objective, intervals of the difference to {variants[0]}",
+        [drawn(case, by_name, seeds) for case, by_name in counts.items()],
+    )
+    show(out, figure, compared(counts))
 
 
 if __name__ == "__main__":

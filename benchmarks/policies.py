@@ -11,7 +11,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from study import Study, run, speed, sums, table, tau, words
+from plots import Part, draw_points
+from study import Study, run, show, speed, sums, table, tau, words
 
 from slipstream.decode.evaluate import by_task, interval
 from slipstream.decode.speculation import SCHEDULES, Speculation
@@ -22,7 +23,7 @@ TREE = TreeShape(4, 4, 16)
 
 
 def main(rule: str = "exact", tree: TreeShape = TREE, **settings: Any) -> None:
-    """Print two Markdown tables, over all prompts and per category; ratios are to the tuned tree, fixed.
+    """Print two Markdown tables, over all prompts and per category, and draw the second; ratios are to the tuned tree, fixed.
 
     Args:
         rule: Of verification, the same for all.
@@ -43,10 +44,19 @@ def main(rule: str = "exact", tree: TreeShape = TREE, **settings: Any) -> None:
         for name, records in answers.items()
     ]
     tasks = {task: dict(zip(answers, groups, strict=True)) for task, groups in by_task(list(answers.values())).items()}
-    by_name = [[name, *(words(interval(found[BASE], found[name], 0)) for found in tasks.values())] for name in answers]
-    study.show(
+    counted = {f"{task} ({len(found[BASE])})": found for task, found in tasks.items()}
+    ratios = {
+        name: {task: interval(found[BASE], found[name], 0) for task, found in counted.items()} for name in answers
+    }
+    rivals = {name: by for name, by in ratios.items() if name != BASE}
+    show(
+        study.out,
+        draw_points(
+            f"Speed of speculation schedules over the {BASE}, by category",
+            [Part(f"{rule}: tokens/s over {BASE}", rivals, 1.0)],
+        ),
         table([rule, "tokens/s", f"over {BASE} (95 %)", "tau"], lines),
-        table([f"{rule}, over {BASE}", *(f"{task} ({len(found[BASE])})" for task, found in tasks.items())], by_name),
+        table([f"{rule}, over {BASE}", *counted], [[name, *map(words, by.values())] for name, by in ratios.items()]),
     )
 
 

@@ -19,7 +19,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from study import Study, mean, regret, relaxed, run, sums, table, tau, words
+from plots import Part, draw_points
+from study import Study, mean, regret, relaxed, run, show, sums, table, tau, words
 
 from slipstream.configs.progress import progress
 from slipstream.data.journal import Journal
@@ -33,6 +34,7 @@ from slipstream.decode.verify import Spent, Verifier, decide
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from study import Stated
     from torch import Tensor
     from transformers import GenerationConfig, LogitsProcessorList
 
@@ -183,15 +185,17 @@ def laws(
     return {name: [[line["cells"][name] for line in lines if line["unit"][0] == i] for i in prompts] for name in cells}
 
 
+def over_positions(by_prompt: list[list[dict[str, float]]], key: str) -> Stated:
+    """Mean of a distance over positions, its interval over prompts."""
+    sizes = [float(len(group)) for group in by_prompt]
+    return mean_interval([sum(values[key] for values in group) for group in by_prompt], sizes, 0)
+
+
 def law_lines(found: Mapping[str, list[list[dict[str, float]]]]) -> list[list[str]]:
     """The table of laws: means over positions with intervals over prompts, chi-square over its degrees pooled."""
     lines = []
     for name, by_prompt in found.items():
-        sizes = [float(len(group)) for group in by_prompt]
-        over = {
-            key: mean_interval([sum(values[key] for values in group) for group in by_prompt], sizes, 0)
-            for key in ("passed", "tv", "entropy", "target")
-        }
+        over = {key: over_positions(by_prompt, key) for key in ("passed", "tv", "entropy", "target")}
         chi, degrees = (sum(values[key] for group in by_prompt for values in group) for key in ("chi", "degrees"))
         cells = [words(over[key], 3) for key in ("passed", "tv")]
         lines.append(
@@ -234,7 +238,7 @@ def main(
     count: int = 4,
     **settings: Any,
 ) -> None:
-    """Print two Markdown tables: laws at single positions, and answers.
+    """Print two Markdown tables: laws at single positions, and answers; draw total variation and acceptance length.
 
     Args:
         tree: Drafted by all; the released code knows no copies.
@@ -259,7 +263,18 @@ def main(
     answers = study.answers(cells, temperature=1.0)
     found = laws(study, plain, cells, top_k, draws, count)
     names = ["rule", "a draft passes", "TV to p", "chi-square / degrees", "entropy (nats)", "of p"]
-    study.show(table(names, law_lines(found)), table(*answer_lines(study, answers)))
+    parts = [
+        Part(
+            "total variation to p", {name: {"": over_positions(by_prompt, "tv")} for name, by_prompt in found.items()}
+        ),
+        Part("acceptance length", {name: {"": tau(sums(records))} for name, records in answers.items()}),
+    ]
+    show(
+        study.out,
+        draw_points("What the released rule writes and accepts at temperature 1", parts),
+        table(names, law_lines(found)),
+        table(*answer_lines(study, answers)),
+    )
 
 
 if __name__ == "__main__":

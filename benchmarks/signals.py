@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from study import Study, digest, regret, relaxed, resamples, run, sums, table, tau, words
+from plots import Panel, draw_curves
+from study import Study, digest, regret, relaxed, resamples, run, show, sums, table, tau, words
 
 from slipstream.decode.replay import replay
 from slipstream.decode.trace import Trace
@@ -37,7 +38,8 @@ LEVELS = (0.01, 0.02, 0.05)
 def traced(study: Study) -> Trace:
     """The trace of exact greedy answers to all prompts, recorded if it is not there."""
     decoder = study.decoder
-    path = study.out / f"trace-{digest([study.begun, decoder.policy.to_dict()])}.arrow"
+    policy = {**decoder.policy.to_dict(), "measured": None}
+    path = study.out / f"trace-{digest([study.begun, policy])}.arrow"
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
         record_exact(decoder, study.rows, path, study.tokens)
@@ -72,11 +74,16 @@ def runners_up(trace: Trace) -> torch.Tensor:
     return torch.cat(pairs)
 
 
-def at_levels(points: np.ndarray, levels: tuple[float, ...]) -> np.ndarray:
-    """Acceptance length at each regret, between the points [K, 5] of a signal; NaN beyond the largest."""
+def by_regret(points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Regrets, ascending, and acceptance lengths of the points [K, 5] of a signal, [K] both."""
     regrets, lengths = points[:, 2] / points[:, 3], points[:, 0] / points[:, 1]
     order = np.argsort(regrets, kind="stable")
-    return np.interp(levels, regrets[order], lengths[order], right=np.nan)
+    return regrets[order], lengths[order]
+
+
+def at_levels(points: np.ndarray, levels: tuple[float, ...]) -> np.ndarray:
+    """Acceptance length at each regret, between the points [K, 5] of a signal; NaN beyond the largest."""
+    return np.interp(levels, *by_regret(points), right=np.nan)
 
 
 def equal_regret(curves: dict[str, np.ndarray], levels: tuple[float, ...]) -> dict[str, list[tuple[Stated, Stated]]]:
@@ -123,7 +130,7 @@ def main(
     levels: tuple[float, ...] = LEVELS,
     **settings: Any,
 ) -> None:
-    """Print two Markdown tables: every threshold, and the signals at equal regret.
+    """Print two Markdown tables: every threshold, and the signals at equal regret; draw all thresholds.
 
     Args:
         swept: Thresholds by signal at T = 0.
@@ -144,21 +151,33 @@ def main(
             for value, share, counts in zip(thresholds, shares, points, strict=True)
         ]
         curves[signal] = np.stack([strict, *points])
-    found = {"0": equal_regret(curves, levels)}
     rules = {(s, value): f"mars:{s}={value:g}" for s, thresholds in sampled.items() for value in thresholds}
     pairs = {text: (study.decoder, text) for text in ["exact", *rules.values()]}
     counts = {text: sums(records) for text, records in study.answers(pairs, temperature=1.0).items()}
     lines.append(line("1", "exact", "", "", counts["exact"]))
     lines += [line("1", s, f"{value:g}", "", counts[text]) for (s, value), text in rules.items()]
     groups = {s: [counts["exact"], *(counts[rules[s, value]] for value in sampled[s])] for s in sampled}
-    found["1"] = equal_regret({s: np.stack(group) for s, group in groups.items()}, levels)
+    drawn = {"0": curves, "1": {s: np.stack(group) for s, group in groups.items()}}
+    found = {temperature: equal_regret(by_signal, levels) for temperature, by_signal in drawn.items()}
     equal = [
         [temperature, f"{level:g}", s, *(words(stated, 3) for stated in by_level[i])]
         for temperature, by_signal in found.items()
         for i, level in enumerate(levels)
         for s, by_level in by_signal.items()
     ]
-    study.show(
+    show(
+        study.out,
+        draw_curves(
+            "Acceptance length against regret by signal, greedily and at temperature 1",
+            [
+                Panel(
+                    f"T = {temperature}", {s: list(zip(*by_regret(x.sum(1)), strict=True)) for s, x in curves.items()}
+                )
+                for temperature, curves in drawn.items()
+            ],
+            "regret (nats per token)",
+            "acceptance length",
+        ),
         table(["T", "signal", "threshold", "fires at", "tau", "relaxed", "regret (nats/token)"], lines, left=2),
         table(["T", "regret (nats/token)", "signal", "tau", "above the first"], equal, left=3),
     )

@@ -1,4 +1,4 @@
-"""What the studies here share: prompts, answers that survive an interruption, intervals over prompts, Markdown tables."""
+"""What the studies here share: prompts, answers that survive an interruption, intervals over prompts, tables."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from slipstream.configs.files import write_atomic
 from slipstream.decode.engine import Decoder
 from slipstream.decode.evaluate import mean_interval
 from slipstream.decode.plan import Contender, Plan, measure
-from slipstream.decode.report import markdown_line
+from slipstream.decode.report import markdown_line, require_figures
 from slipstream.decode.tasks import read_tasks
 from slipstream.decode.trace import fingerprint
 
@@ -39,7 +39,7 @@ class Study:
 
     Attributes:
         draft: A head's folder.
-        out: Folder for answers and table; the same command again goes on where it was interrupted.
+        out: Folder for answers, table and figure; the same command again goes on where it was interrupted.
         target: The target model.
         prompts: Task files, "[a.jsonl, b.jsonl]"; default: the held-out prompts that ship with the package.
         limit: First prompts of each file; only first turns are asked.
@@ -58,6 +58,9 @@ class Study:
     dtype: str = "bfloat16"
     device: str = "cpu"
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        require_figures()
 
     @cached_property
     def decoder(self) -> Decoder:
@@ -101,11 +104,13 @@ class Study:
         records = measure(contenders, self.rows, plan, self.out / f"answers-{temperature:g}.jsonl", self.out, begun)
         return dict(zip(pairs, records[plan.settings[0]], strict=True))
 
-    def show(self, *tables: str) -> None:
-        """Print tables, and keep them in the folder."""
-        text = "\n\n".join(tables)
-        write_atomic(self.out / "table.md", text + "\n")
-        print(text)
+
+def show(out: Path, figure: str, *tables: str) -> None:
+    """Print tables, and keep them and a figure (SVG) in a folder."""
+    text = "\n\n".join(tables)
+    write_atomic(out / "table.md", text + "\n")
+    write_atomic(out / "figure.svg", figure)
+    print(text)
 
 
 def first_turns(prompts: Sequence[Path] | None, limit: int) -> list[Row]:

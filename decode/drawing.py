@@ -1,4 +1,4 @@
-"""What the report's figures and tables share: colours and names, empty figures, and inline SVG."""
+"""What figures and tables share: colours and names, empty figures, points with intervals, and SVG."""
 
 from __future__ import annotations
 
@@ -25,10 +25,23 @@ NAMES = {"autoregressive": "transformers", "engine": "engine", "exact": "exact",
 COLOURS = {"autoregressive": "#9aa0a8", "engine": "#6b7480", "exact": "#0072b2", "mars": "#d55e00"}
 SPARE_COLOURS = ("#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 MARKERS = "osD^vP"
+EDGE, GRID, PAPER = "#8a9099", "#e6e8eb", "#ffffff"
 WIDTH = 4.6  # inches: narrow, so that text stays legible when a phone scales the figure to 350 px
 INK = "#2a2f36"
+# What the colours of a figure that is a file of its own become where its reader's scheme is dark; the others suit both.
+DARK = {
+    INK: "#dfe3e8",
+    EDGE: "#7d8794",
+    GRID: "#2b3138",
+    PAPER: "#15181c",
+    COLOURS["exact"]: "#3d8fd1",
+    COLOURS["mars"]: "#f0803c",
+    COLOURS["engine"]: "#a3adb8",
+}
 _BAR = 0.34  # inches of a bar with its room, enough for a name of two lines
 _NAME = 28  # letters of a name in one line
+_SHOWN = 460  # CSS pixels of a figure file's width, where there is room
+_MARGIN = 6  # points around it
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "slipstream",  # the same results give the same bytes
@@ -40,10 +53,13 @@ STYLE: dict[Any, Any] = {
     "axes.titlelocation": "left",
     "axes.spines.top": False,
     "axes.spines.right": False,
-    "axes.edgecolor": "#8a9099",
+    "axes.edgecolor": EDGE,
+    "axes.labelcolor": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
     "axes.axisbelow": True,
     "axes.grid": True,
-    "grid.color": "#e6e8eb",
+    "grid.color": GRID,
     "text.color": INK,
     "legend.frameon": False,
 }
@@ -69,20 +85,43 @@ def rule_name(row: Row) -> str:
     return ", ".join(filter(None, (name, threshold, row.get("draft"), f"batch {batch}" if batch > 1 else None)))
 
 
-def interval_text(bounds: Sequence[float] | None) -> str:
-    return f"{bounds[0]:.2f}–{bounds[1]:.2f}" if bounds else "–"
+def interval_text(bounds: Sequence[float] | None, digits: int = 2) -> str:
+    return f"{bounds[0]:.{digits}f}–{bounds[1]:.{digits}f}" if bounds else "–"
 
 
 def inline_svg(figure: Figure, label: str, name: str) -> Markup:
     """A figure as an element for an HTML page: sized by its container, its ids and styles its own."""
+    view, body = _drawn(figure)
+    body = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", body)
+    alternative = escape(label)
+    head = f'<svg viewBox="{view}" xmlns:xlink="http://www.w3.org/1999/xlink" role="img" aria-label="{alternative}">'
+    return Markup(f"{head}<title>{alternative}</title>{body}")
+
+
+def svg_file(figure: Figure, title: str, label: str) -> str:
+    """A figure as a file of its own, on its own background, light or dark as its reader's scheme is."""
+    view, body = _drawn(figure)
+    dark = " ".join(f"--{light[1:]}: {colour};" for light, colour in DARK.items())
+    width, height = (float(number) + 2 * _MARGIN for number in view.split()[2:])
+    body = f'<rect x="{-_MARGIN}" y="{-_MARGIN}" width="100%" height="100%" rx="6" style="fill: {PAPER}"/>{body}'
+    for colour in DARK:
+        body = body.replace(colour, f"var(--{colour[1:]}, {colour})")
+    return (
+        '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
+        f'viewBox="{-_MARGIN} {-_MARGIN} {width:g} {height:g}" width="{_SHOWN}" height="{_SHOWN * height / width:.0f}" '
+        'role="img" aria-labelledby="title words">'
+        f'<title id="title">{escape(title)}</title><desc id="words">{escape(label)}</desc>'
+        f"<style>@media (prefers-color-scheme: dark) {{ svg {{ {dark} }} }} * {{ stroke-linejoin: round; }}</style>{body}"
+    )
+
+
+def _drawn(figure: Figure) -> tuple[str, str]:
+    """The view box of a figure's SVG, and all that is in it, up to the closing tag."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", buffer.getvalue(), flags=re.DOTALL)
-    (view, body), *_ = re.findall(r'<svg[^>]*(viewBox="[^"]+")[^>]*>(.*)', svg, flags=re.DOTALL)
-    body = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", body).replace("'DejaVu Sans'", "system-ui, sans-serif")
-    alternative = escape(label)
-    head = f'<svg {view} xmlns:xlink="http://www.w3.org/1999/xlink" role="img" aria-label="{alternative}">'
-    return Markup(f"{head}<title>{alternative}</title>{body}")
+    (view, body), *_ = re.findall(r'<svg[^>]*viewBox="([^"]+)"[^>]*>(.*)', svg, flags=re.DOTALL)
+    return view, body.replace("'DejaVu Sans'", "system-ui, sans-serif")
 
 
 def new_figure(height: float) -> Figure:
@@ -119,6 +158,21 @@ def line_height(lines: list[Line]) -> float:
 def folded(text: str, width: int) -> str:
     """Text in lines of so many letters, broken between words only."""
     return textwrap.fill(text, width, break_long_words=False, break_on_hyphens=False)
+
+
+def draw_point(
+    axes: Axes,
+    place: float,
+    value: float,
+    bounds: Sequence[float] | None,
+    colour: str,
+    marker: str = "o",
+    digits: int = 2,
+) -> str:
+    """Draw a value with its interval; the same in words."""
+    axes.plot(bounds or (value, value), (place, place), color=INK, marker="|", linewidth=1.2)
+    axes.plot(value, place, marker, color=colour)
+    return f"{value:.{digits}f}, interval {interval_text(bounds, digits)}"
 
 
 def lines_of(rows: list[Row]) -> list[Line]:

@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from slipstream.decode.drawing import (
-    INK,
     colours_of,
+    draw_point,
     folded,
-    interval_text,
     kind_of,
     line_height,
     lines_of,
@@ -115,7 +114,7 @@ def plot_scores(rows: list[Row]) -> Plot | None:
     colours, said = colours_of(rows), []
     for place, row in _rules(lines):
         score, length = row["score"], f"{row['score']['mean_output_tokens']:.0f} tokens"
-        words = _draw_point(axes, place, score["mean"], score["ci95"], colours[kind_of(row)])
+        words = draw_point(axes, place, score["mean"], score["ci95"], colours[kind_of(row)])
         said.append(f"{_said(row)} {words}, {length}")
         axes.annotate(length, (1.5, place), ha="right", va="center")
     axes.set(xlabel="score", xlim=(-0.02, 1.5), xticks=[0, 0.5, 1])
@@ -130,18 +129,11 @@ def _rules(lines: Sequence[Line]) -> list[tuple[int, Row]]:
 def _draw_prefix(axes: Axes, place: int, row: Row, colour: str) -> str:
     same = row["agreement"]
     axes.update_datalim([(0, place), (1, place)])
-    return _draw_point(axes, place, same["common_prefix"], same["common_prefix_ci95"], colour)
+    return draw_point(axes, place, same["common_prefix"], same["common_prefix_ci95"], colour)
 
 
 def _draw_likelihood(axes: Axes, place: int, row: Row, colour: str) -> str:
-    return _draw_point(axes, place, row["log_likelihood"], row["log_likelihood_ci95"], colour)
-
-
-def _draw_point(axes: Axes, place: int, value: float, bounds: Sequence[float] | None, colour: str) -> str:
-    """Draw a value with its interval; the same in words."""
-    axes.plot(bounds or (value, value), (place, place), color=INK, marker="|", linewidth=1.2)
-    axes.plot(value, place, "o", color=colour)
-    return f"{value:.2f}, interval {interval_text(bounds)}"
+    return draw_point(axes, place, row["log_likelihood"], row["log_likelihood_ci95"], colour)
 
 
 def _draw_tail(axes: Axes, place: int, row: Row, colour: str) -> str:

@@ -8,6 +8,7 @@ import numpy as np
 
 from slipstream.decode.drawing import (
     COLOURS,
+    EDGE,
     INK,
     MARKERS,
     STYLE,
@@ -134,9 +135,9 @@ def _plot_frontier(points: list[Row]) -> Plot | None:
     rates = np.array([point["tokens_per_second"] for point in points])
     lossless, chosen, ran = (np.array([point[key] for point in points]) for key in ("lossless", "chosen", "confirmed"))
     foreseen = np.maximum.accumulate(rates[~ran])
-    axes.step(regrets[~ran], foreseen, where="post", color="#8a9099", linewidth=1, zorder=1)
+    axes.step(regrets[~ran], foreseen, where="post", color=EDGE, linewidth=1, zorder=1)
     looks: dict[str, tuple[Any, dict[str, Any]]] = {
-        "predicted": (~ran, {"s": 8, "marker": "o", "color": "#8a9099"}),
+        "predicted": (~ran, {"s": 8, "marker": "o", "color": EDGE}),
         "lossless": (lossless & ran, {"s": 30, "marker": "s", "color": COLOURS["exact"]}),
         "relaxed": (~lossless & ran, {"s": 30, "marker": "o", "color": COLOURS["mars"]}),
         "chosen": (chosen, {"s": 130, "facecolor": "none", "edgecolor": INK}),

@@ -58,6 +58,10 @@ class Browser:
             self._read()
         self._events.clear()
 
+    def prefer(self, scheme: str) -> None:
+        """Show pages as a reader sees them whose scheme is `light` or `dark`."""
+        self._call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+
     def evaluate(self, expression: str) -> Any:
         """The value of a JavaScript expression in the page."""
         out = self._call("Runtime.evaluate", expression=expression, returnByValue=True)

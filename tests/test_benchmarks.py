@@ -7,6 +7,7 @@ import re
 import sys
 from importlib import import_module
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -85,6 +86,7 @@ def command(studies, folders, tmp_path, monkeypatch, capsys):
         studies["study"].run(studies[name].main)
         printed = capsys.readouterr().out
         assert (tmp_path / "table.md").read_text() == printed
+        assert ElementTree.parse(tmp_path / "figure.svg").getroot().attrib["role"] == "img"
         return [_parsed(text) for text in printed.split("\n\n") if text.startswith("|")]
 
     return run

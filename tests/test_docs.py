@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -50,6 +51,15 @@ def test_links_resolve(page):
         target = page.parent / file if file else page
         assert target.exists(), f"{page.name} links to {link}"
         assert not anchor or anchor in anchors(target), f"{page.name} links to {link}"
+
+
+@pytest.mark.parametrize("figure", sorted(ROOT.glob("docs/figures/*.svg")), ids=lambda figure: figure.stem)
+def test_figures_say_what_they_show_and_are_shown(figure):
+    root = ElementTree.parse(figure).getroot()
+    words = {node.attrib["id"]: node.text for node in root if node.tag.endswith(("title", "desc"))}
+    assert root.attrib["role"] == "img"
+    assert all(len(words[name]) > 20 for name in root.attrib["aria-labelledby"].split())
+    assert f"](figures/{figure.name})" in (ROOT / "docs/benchmarks.md").read_text(encoding="utf-8")
 
 
 def test_every_page_is_in_the_sites_navigation():
