@@ -21,10 +21,13 @@ from slipstream.decode.drafters import NGramDrafter
 from slipstream.decode.drawing import interval_text
 from slipstream.decode.engine import Decoder
 from slipstream.decode.evaluate import Record, answer, interval
-from slipstream.decode.policy import Policy
 from slipstream.decode.speculation import Speculation
 from slipstream.decode.tree import TreeShape
 from slipstream.distill.target import Target
+
+Pair = tuple[Decoder, str]  # a decoder with its rule
+
+LOOK_UP = "prompt look-up"
 
 
 def _look_up(target: Target, row: dict[str, Any], max_new_tokens: int) -> Record:
@@ -60,6 +63,59 @@ def _line(name: str, base: list[Record], undrafted: list[Record], records: list[
     ]
 
 
+def _contenders(eager: Decoder, compiled: bool, nodes: tuple[int, ...]) -> dict[str, Pair]:
+    """Who decodes, by name."""
+    model, drafter, policy = eager.target, eager.drafter, eager.policy
+    mars = policy.rule("mars").label
+    chain = replace(policy, tree=TreeShape.chain(10))
+    alone = replace(policy, tree=replace(policy.tree, copied=0))
+    cost = replace(policy, tree=TreeShape(4, 4, 16), speculation=Speculation("cost"))
+    contenders: dict[str, Pair] = {
+        "transformers generate": (eager, "autoregressive"),
+        "transformers, prompt look-up": (eager, LOOK_UP),
+        "ours, no draft": (Decoder(model), "exact"),
+        "ours, n-gram": (Decoder(model, NGramDrafter(), chain), "exact"),
+        "ours, head without copies, exact": (Decoder(model, drafter, alone), "exact"),
+        "ours, head, exact": (eager, "exact"),
+        f"ours, head, {mars}": (eager, "mars"),
+        "ours, head, exact, cost-aware": (Decoder(model, drafter, cost), "exact"),
+    }
+    if compiled:
+        static = Target(model.model, model.tokenizer, name=model.name, layer_ids=model.layer_ids)
+        static.compile()
+        contenders |= {
+            "compiled, no draft": (Decoder(static), "exact"),
+            "compiled, head, exact": (Decoder(static, drafter, policy), "exact"),
+            f"compiled, head, {mars}": (Decoder(static, drafter, policy), "mars"),
+        }
+        for size in nodes:
+            larger = replace(policy, tree=TreeShape(4, 4, size))
+            contenders[f"compiled, head, exact, {size} nodes"] = (Decoder(static, drafter, larger), "exact")
+    return contenders
+
+
+def _answered(contender: Pair, row: dict[str, Any], tokens: int) -> Record:
+    decoder, rule = contender
+    if rule == LOOK_UP:
+        return _look_up(decoder.target, row, tokens)
+    return answer(decoder, rule, row, max_new_tokens=tokens)
+
+
+def _measured(contenders: dict[str, Pair], rows: list[dict[str, Any]], max_new_tokens: int) -> dict[str, list[Record]]:
+    """Records by contender and prompt; all answer a prompt before the next one comes, so that drift hits them alike."""
+    records: dict[str, list[Record]] = {name: [] for name in contenders}
+    with progress("warm up", len(contenders), "contenders") as advance:
+        for contender in contenders.values():
+            _answered(contender, rows[0], 8)
+            advance()
+    with progress("decode", len(rows) * len(contenders), "answers") as advance:
+        for row in rows:
+            for name, contender in contenders.items():
+                records[name].append(_answered(contender, row, max_new_tokens))
+                advance()
+    return records
+
+
 def main(
     draft: str,
     target: str = "smollm2-135m-instruct",
@@ -87,61 +143,14 @@ def main(
         out: A file for the table.
     """
     eager = slipstream.load(target, draft, dtype=dtype, device=device)
-    model, drafter, policy = eager.target, eager.drafter, eager.policy
-    rows = first_turns(prompts, limit)
-    chain = replace(policy, tree=TreeShape.chain(10))
-    alone = replace(policy, tree=replace(policy.tree, copied=0))
-    cost = replace(policy, tree=TreeShape(4, 4, 16), speculation=Speculation("cost"))
-    contenders: list[tuple[str, Any, str]] = [
-        ("transformers generate", eager, "autoregressive"),
-        ("transformers, prompt look-up", None, ""),
-        ("ours, no draft", Decoder(model), "exact"),
-        ("ours, n-gram", Decoder(model, NGramDrafter(), chain), "exact"),
-        ("ours, head without copies, exact", Decoder(model, drafter, alone), "exact"),
-        ("ours, head, exact", eager, "exact"),
-        (f"ours, head, {policy.rule('mars').label}", eager, "mars"),
-        ("ours, head, exact, cost-aware", Decoder(model, drafter, cost), "exact"),
-    ]
-    if compiled:
-        static = Target(model.model, model.tokenizer, name=model.name, layer_ids=model.layer_ids)
-        static.compile()
-        contenders += [
-            ("compiled, no draft", Decoder(static), "exact"),
-            ("compiled, head, exact", Decoder(static, drafter, policy), "exact"),
-            (f"compiled, head, {policy.rule('mars').label}", Decoder(static, drafter, policy), "mars"),
-        ]
-        for size in nodes:
-            larger: Policy = replace(policy, tree=TreeShape(4, 4, size))
-            contenders.append((f"compiled, head, exact, {size} nodes", Decoder(static, drafter, larger), "exact"))
-
-    def answered(decoder: Decoder | None, rule: str, row: dict[str, Any], tokens: int) -> Record:
-        return _look_up(model, row, tokens) if decoder is None else answer(decoder, rule, row, max_new_tokens=tokens)
-
-    records: list[list[Record]] = [[] for _ in contenders]
-    with progress("warm up", len(contenders), "contenders") as advance:
-        for _, decoder, rule in contenders:
-            answered(decoder, rule, rows[0], 8)
-            advance()
-    with progress("decode", len(rows) * len(contenders), "answers") as advance:
-        for row in rows:  # all contenders answer a prompt before the next one comes, so that drift hits them alike
-            for place, (_, decoder, rule) in zip(records, contenders, strict=True):
-                place.append(answered(decoder, rule, row, max_new_tokens))
-                advance()
-    columns = [
-        "",
-        "tokens/s",
-        "over generate (95 %)",
-        "over no draft, same mode",
-        "tau",
-        "regret",
-        "target / draft / rest",
-    ]
+    records = _measured(_contenders(eager, compiled, nodes), first_turns(prompts, limit), max_new_tokens)
+    base = records["transformers generate"]
     lines = []
-    names = [name for name, _, _ in contenders]
-    for name, group in zip(names, records, strict=True):
-        undrafted = "compiled, no draft" if name.startswith("compiled") else "ours, no draft"
-        lines.append(_line(name, records[0], records[names.index(undrafted)], group))
-    text = table(columns, lines)
+    for name, group in records.items():
+        undrafted = records["compiled, no draft" if name.startswith("compiled") else "ours, no draft"]
+        lines.append(_line(name, base, undrafted, group))
+    columns = ["tokens/s", "over generate (95 %)", "over no draft, same mode", "tau", "regret", "target / draft / rest"]
+    text = table(["", *columns], lines)
     print(text)
     if out is not None:
         write_atomic(out, text + "\n")

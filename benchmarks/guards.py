@@ -44,6 +44,38 @@ def spent(records: Sequence[Record]) -> list[tuple[float, float]]:
     return [(0.0, 0.0), *((p["tokens"], p["mean"]) for p in regret_by_length(records) or [])]
 
 
+def cost_line(name: str, exact: Sequence[Record], records: Sequence[Record], tokens: int) -> list[str]:
+    """A line of the table of speed and regret."""
+    counts = sums(records)
+    first, second = halves(records, tokens)
+    return [
+        name,
+        f"{speed(records):.1f}",
+        words(interval(exact, records, 0)),
+        words(tau(counts)),
+        f"{relaxed(counts):.1%}",
+        words(regret(counts), 4),
+        f"{first:.4f} / {second:.4f}",
+        words(mean(counts[:, 2])),
+        f"{counts[:, 2].max():.2f}",
+    ]
+
+
+def text_line(name: str, exact: Sequence[Record], records: Sequence[Record]) -> list[str]:
+    """A line of the table of answers."""
+    outputs = [r.outputs[0] for r in records]
+    same, likely = agreement(exact, records, 0), likelihood(records, 0)
+    return [
+        name,
+        words((same["common_prefix"], same["common_prefix_ci95"]), 3),
+        f"{same['exact_match']:.0%}",
+        words((likely["log_likelihood"], likely["log_likelihood_ci95"]), 3),
+        words(mean([r.tokens for r in records]), 1),
+        words(mean([distinct(output, 2) for output in outputs]), 3),
+        words(mean([1 - distinct(output, 4) for output in outputs]), 3),
+    ]
+
+
 def main(
     tokens: int = 512,
     rule: str = "mars:margin=1",
@@ -64,38 +96,8 @@ def main(
         Verifier.of(text)  # or an error, before the model is loaded
     answers = study.answers({name: (study.decoder, text) for name, text in rules.items()})
     measure_likelihood(study.decoder.target, study.rows, list(answers.values()))
+    exact = answers["exact"]
     guarded = [name for name in rules if name != "exact"]
-    costs, texts = [], []
-    for name, records in answers.items():
-        counts = sums(records)
-        first, second = halves(records, tokens)
-        costs.append(
-            [
-                name,
-                f"{speed(records):.1f}",
-                words(interval(answers["exact"], records, 0)),
-                words(tau(counts)),
-                f"{relaxed(counts):.1%}",
-                words(regret(counts), 4),
-                f"{first:.4f} / {second:.4f}",
-                words(mean(counts[:, 2])),
-                f"{counts[:, 2].max():.2f}",
-            ]
-        )
-        outputs = [r.outputs[0] for r in records]
-        same = agreement(answers["exact"], records, 0)
-        likely = likelihood(records, 0)
-        texts.append(
-            [
-                name,
-                words((same["common_prefix"], same["common_prefix_ci95"]), 3),
-                f"{same['exact_match']:.0%}",
-                words((likely["log_likelihood"], likely["log_likelihood_ci95"]), 3),
-                words(mean(counts[:, 3]), 1),
-                words(mean([distinct(output, 2) for output in outputs]), 3),
-                words(mean([1 - distinct(output, 4) for output in outputs]), 3),
-            ]
-        )
     show(
         study.out,
         draw_curves(
@@ -116,7 +118,7 @@ def main(
                 "regret an answer",
                 "largest",
             ],
-            costs,
+            [cost_line(name, exact, records, tokens) for name, records in answers.items()],
         ),
         table(
             [
@@ -128,7 +130,7 @@ def main(
                 "distinct 2-grams",
                 "repeated 4-grams",
             ],
-            texts,
+            [text_line(name, exact, records) for name, records in answers.items()],
         ),
     )
 

@@ -27,6 +27,7 @@ from slipstream.data.journal import Journal
 from slipstream.decode.engine import Decoder
 from slipstream.decode.evaluate import mean_interval
 from slipstream.decode.fidelity import likelihood, measure_likelihood
+from slipstream.decode.recorder import Observer
 from slipstream.decode.scores import score_means, score_records
 from slipstream.decode.tree import Tree, TreeShape, make_tree
 from slipstream.decode.verify import Spent, Verifier, decide
@@ -36,7 +37,6 @@ if TYPE_CHECKING:
 
     from study import Stated
     from torch import Tensor
-    from transformers import GenerationConfig, LogitsProcessorList
 
     from slipstream.decode.drafters import Drafter, Round
     from slipstream.decode.evaluate import Record
@@ -71,21 +71,11 @@ def certain(tree: Tree) -> Tree:
     return replace(tree, scores=torch.zeros_like(tree.scores))
 
 
-class Positions:
+class Positions(Observer):
     """An observer that keeps every drafted round of one prompt."""
 
     def __init__(self) -> None:
         self.kept: list[Position] = []
-
-    def begin(
-        self,
-        rows: int,
-        verifier: Verifier,
-        never_relax: Tensor,
-        config: GenerationConfig,
-        processors: LogitsProcessorList,
-    ) -> None:
-        """Nothing to prepare."""
 
     def round(
         self,

@@ -25,7 +25,7 @@ from slipstream.decode.tree import TreeShape, make_tree
 from slipstream.decode.verify import Token, Verifier
 
 ROOT = Path(__file__).parent.parent
-STUDIES = ("study", "defaults", "guards", "policies", "released", "signals")
+STUDIES = ("study", "decode", "defaults", "guards", "policies", "released", "signals")
 TALKS = [
     {"question_id": 1, "category": "writing", "turns": ["Hi", "hello"], "reference": ["Yo", "Yo"]},
     {"question_id": 2, "category": "math", "turns": ["Yo user"], "reference": ["#### 2"]},
@@ -112,6 +112,20 @@ def test_neutral_settings_cost_nothing_and_answers_are_kept(command, studies, mo
         assert command("defaults", draft="head", tokens=12) == [lines]
     with pytest.raises(SystemExit, match=r"defaults\.py: .*made with tokens=12, not 13"):
         command("defaults", draft="head", tokens=13)
+
+
+def test_all_decoders_answer_the_same_prompts(studies, folders, tmp_path, capsys):
+    out = tmp_path / "table.md"
+    prompts, settings = [Path(folders["prompts"])], {"device": "cpu", "dtype": "float32", "compiled": False}
+    studies["decode"].main(folders["head"], folders["target"], prompts, limit=2, max_new_tokens=12, out=out, **settings)
+    assert capsys.readouterr().out == out.read_text()
+    lines = {line[""]: line for line in _parsed(out.read_text())}
+    assert list(lines)[:3] == ["transformers generate", "transformers, prompt look-up", "ours, no draft"]
+    assert lines["transformers generate"]["over generate (95 %)"].startswith("1.00 ")
+    assert lines["ours, no draft"]["over no draft, same mode"] == "1.00"
+    assert lines["ours, no draft"]["tau"] == "1.00"
+    assert lines["ours, head, exact"]["tau"] == lines["ours, head, mars margin 0"]["tau"]
+    assert {line["regret"] for line in lines.values()} == {"0.0000"}
 
 
 def test_relaxed_tokens_and_regret_grow_with_what_guards_allow(command):
