@@ -198,45 +198,26 @@ def answer(decoder: Decoder, rule: str | Verifier, row: dict[str, Any], **option
     return answer_batch(decoder, rule, [row], **options)[0]
 
 
-def run(
-    decoder: Decoder,
-    rules: Sequence[str | Verifier],
-    prompts: Sequence[dict[str, Any]],
-    *,
-    max_new_tokens: int,
-    temperature: float = 0.0,
-    seed: int = 0,
-    label: str = "measure",
-) -> list[list[Record]]:
-    """Records by rule and prompt, of one decoder; see `compare`."""
-    pairs = [(decoder, rule) for rule in rules]
-    return compare(pairs, prompts, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, label=label)
-
-
 def compare(
     pairs: Sequence[tuple[Decoder, str | Verifier]],
     prompts: Sequence[dict[str, Any]],
     *,
     max_new_tokens: int,
-    temperature: float = 0.0,
-    seed: int = 0,
-    label: str = "measure",
+    label: str,
 ) -> list[list[Record]]:
-    """Records by decoder with its rule, and by prompt.
+    """Records of greedy answers by decoder with its rule, and by prompt.
 
     All answer a prompt before the next one comes, so that drift hits them alike.
     """
     if max_new_tokens < 1:
         raise SlipstreamError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
     for decoder, rule in pairs:  # warm-up, not counted
-        answer(decoder, rule, prompts[0], max_new_tokens=8, temperature=temperature)
+        answer(decoder, rule, prompts[0], max_new_tokens=8)
     records: list[list[Record]] = [[] for _ in pairs]
     with progress(label, len(pairs) * len(prompts), "answers") as advance:
         for row in prompts:
             for place, (decoder, rule) in zip(records, pairs, strict=True):
-                place.append(
-                    answer(decoder, rule, row, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
-                )
+                place.append(answer(decoder, rule, row, max_new_tokens=max_new_tokens))
                 advance()
     return records
 
@@ -288,7 +269,7 @@ def by_position(lengths: Sequence[int]) -> list[float]:
 
 
 def by_task(records: list[list[Record]]) -> dict[str, list[list[Record]]]:
-    """The records of `run` by task: `all` first, then each task and what it belongs to, where there are several."""
+    """The records of `compare` by task: `all` first, then each task and what it belongs to, where there are several."""
     names = ["all"]
     for task in dict.fromkeys(r.task for r in records[0] if r.task != "all"):
         parts = task.split("/")
@@ -309,7 +290,7 @@ def result_rows(
     seed: int = 0,
     identical: dict[str, bool] | None = None,
 ) -> list[dict[str, Any]]:
-    """Rows of `results.json` from `run`'s records; the first two rules must be the baselines.
+    """Rows of `results.json` from the records of `compare`; the first two rules must be the baselines.
 
     Each category is a task of its own where there are several; the task `all` pools them and comes first.
     """

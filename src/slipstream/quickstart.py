@@ -24,7 +24,7 @@ from slipstream.decode.budget import Budget
 from slipstream.decode.card import write_card
 from slipstream.decode.drafters import HeadDrafter
 from slipstream.decode.engine import Decoder
-from slipstream.decode.evaluate import identical_outputs, interval, run, simulated_acceptance_length
+from slipstream.decode.evaluate import compare, identical_outputs, interval, simulated_acceptance_length
 from slipstream.decode.fidelity import measure_likelihood
 from slipstream.decode.policy import Policy
 from slipstream.decode.report import require_figures, results_table, write_report
@@ -180,10 +180,12 @@ class Quickstart:
         head = load_head(head_folder)
         decoder = Decoder(target, HeadDrafter(head, target), Policy.load(head_folder))
         rules = ("autoregressive", "exact")
-        records = run(decoder, rules, self.prompts, max_new_tokens=self.new_tokens // 2, label="identity in fp32")
+        pairs = [(decoder, rule) for rule in rules]
+        records = compare(pairs, self.prompts, max_new_tokens=self.new_tokens // 2, label="identity in fp32")
         steps = self.recipe.distill.steps
         chain = Decoder(target, HeadDrafter(head, target), Policy(tree=TreeShape(steps, 1, steps + 1)))
-        chained = run(chain, ("exact",), self.prompts, max_new_tokens=self.new_tokens // 2, label="chain in fp32")[0]
+        alone = [(chain, "exact")]
+        (chained,) = compare(alone, self.prompts, max_new_tokens=self.new_tokens // 2, label="chain in fp32")
         answers = [
             (target.encode_prompt([{"role": "user", "content": row["turns"][0]}]), record.outputs[0])
             for row, record in zip(self.prompts, records[0], strict=True)
@@ -202,9 +204,8 @@ class Quickstart:
             return None
         prompts = self.prompts[::3]
         variant = Decoder(decoder.target, decoder.drafter, replace(decoder.policy, tree=replace(tree, copied=0)))
-        base, records = run(
-            variant, ("autoregressive", "exact"), prompts, max_new_tokens=self.new_tokens, label="the head alone"
-        )
+        pairs = [(variant, "autoregressive"), (variant, "exact")]
+        base, records = compare(pairs, prompts, max_new_tokens=self.new_tokens, label="the head alone")
         lengths = [n for record in records for n in record.accept_lengths]
         return {
             "prompts": len(prompts),
@@ -217,7 +218,8 @@ class Quickstart:
         target = decoder.target
         identity = self.identity(self.out / "draft", target.name)
         rules = ("autoregressive", "engine", "exact", "mars")
-        records = run(decoder, rules, self.prompts, max_new_tokens=self.new_tokens, label="measure")
+        pairs = [(decoder, rule) for rule in rules]
+        records = compare(pairs, self.prompts, max_new_tokens=self.new_tokens, label="measure")
         measure_likelihood(target, self.prompts, records)
         alone = self._head_alone(decoder)
         training = json.loads((self.out / "training.json").read_text())
