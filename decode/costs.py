@@ -10,6 +10,7 @@ import numpy as np
 
 from slipstream.configs.progress import progress
 from slipstream.decode.engine import Decoder
+from slipstream.decode.recorder import Observer
 from slipstream.decode.speculation import Speculation
 from slipstream.decode.tree import TreeShape
 
@@ -17,10 +18,9 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from torch import Tensor
-    from transformers import GenerationConfig, LogitsProcessorList
 
     from slipstream.decode.tree import Tree
-    from slipstream.decode.verify import Verdict, Verifier
+    from slipstream.decode.verify import Verdict
 
 PROBES = tuple(
     shape
@@ -58,23 +58,13 @@ class Costs:
         return first + (shape.depth - 1) * further + float(verifying)
 
 
-class _Clock:
+class _Clock(Observer):
     """An observer that keeps the seconds of prompts, and of rounds whose tree has all its levels."""
 
     def __init__(self, depth: int) -> None:
         self.depth = depth
         self.prompts: list[float] = []
         self.seconds: list[tuple[float, float, float]] = []
-
-    def begin(
-        self,
-        rows: int,
-        verifier: Verifier,
-        never_relax: Tensor,
-        config: GenerationConfig,
-        processors: LogitsProcessorList,
-    ) -> None:
-        """Nothing to prepare."""
 
     def round(
         self,

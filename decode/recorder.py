@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 _BATCH = 1024  # rounds written at once
 
 
-class Observer(Protocol):
-    """Shown what an engine does, round by round."""
+class Observer:
+    """Shown what an engine does, round by round; by itself it lets everything pass."""
 
     def begin(
         self,
@@ -63,7 +63,7 @@ class Observer(Protocol):
         """
 
 
-class Recorder:
+class Recorder(Observer):
     """An observer that writes what it sees; made by `record`."""
 
     def __init__(self, file: BinaryIO, decoder: Decoder, top: int, draft: str | None) -> None:
@@ -103,6 +103,7 @@ class Recorder:
             target=self._decoder.target.name,
             draft=self._draft,
             dtype=str(self._decoder.target.dtype).removeprefix("torch."),
+            think=self._decoder.target.think,
             policy={name: policy[name] for name in ("tree", "speculation")},
             rule=verifier.to_dict(),
             temperature=float(config.temperature or 1.0) if config.do_sample else 0.0,

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from slipstream.decode.drafters import Drafter
     from slipstream.decode.engine import Decoder
 
-VERSION = 1
+VERSION = 2
 KEY = b"slipstream.trace"
 
 ROUND = {  # columns with one value a round
@@ -60,6 +60,7 @@ class Header:
         target: Name of the target.
         draft: Fingerprint of the drafter.
         dtype: Of the target.
+        think: What the target's chat template was told about thinking; None is nothing.
         policy: Tree and speculation schedule, as in `decode.json`.
         rule: The verification rule, as in `decode.json`.
         temperature: 0 where decoding was greedy.
@@ -71,6 +72,7 @@ class Header:
     target: str
     draft: str
     dtype: str
+    think: bool | None
     policy: dict[str, Any]
     rule: dict[str, Any]
     temperature: float
@@ -187,7 +189,7 @@ class Trace:
         """Open a trace, to be used with a decoder.
 
         Raises:
-            SlipstreamError: If it is missing, no trace of this format, or of another target, draft or dtype.
+            SlipstreamError: If it is missing, no trace of this format, or of another target, draft, dtype or `think`.
         """
         if not path.is_file():
             raise SlipstreamError(f"trace {str(path)!r} does not exist")
@@ -200,7 +202,9 @@ class Trace:
             raise SlipstreamError(f"{path} is not a trace of slipstream")
         data = json.loads(metadata)
         if data["version"] != VERSION:
-            raise SlipstreamError(f"{path} is a trace of format {data['version']}, this version reads {VERSION}")
+            raise SlipstreamError(
+                f"{path} is a trace of format {data['version']}, this version reads {VERSION}; record it again"
+            )
         header = Header(**{f.name: data[f.name] for f in fields(Header)})
         if decoder is not None:
             _require_same(path, header, decoder)
@@ -244,11 +248,19 @@ def _require_same(path: Path, header: Header, decoder: Decoder) -> None:
         "target": target.name,
         "draft": fingerprint(decoder.drafter),
         "dtype": str(target.dtype).removeprefix("torch."),
+        "think": target.think,
     }
     for name, ours in here.items():
         theirs = asdict(header)[name]
         if theirs != ours:
-            raise SlipstreamError(f"{path} was recorded with {name} {theirs}, not {ours}; record it again")
+            raise SlipstreamError(
+                f"{path} was recorded with {name} {_word(theirs)}, not {_word(ours)}; record it again"
+            )
+
+
+def _word(value: str | bool | None) -> str:
+    """A setting as it is written on the command line."""
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def _read(batch: pa.RecordBatch, top: int) -> Rounds:

@@ -16,6 +16,7 @@ from slipstream.cli import main
 from slipstream.configs.errors import SlipstreamError
 from slipstream.decode import suite
 from slipstream.decode.policy import Policy
+from slipstream.decode.trace import Trace
 from slipstream.decode.tune import RULES, tune
 from slipstream.distill.heads import save_head, trained_think
 from slipstream.distill.target import Target, load_target
@@ -100,11 +101,18 @@ def test_generate_asks_likewise(thinker, draft, capsys, given, think):
     assert capsys.readouterr().out.rstrip(half) == by_transformers(thinker, "Hi", think).rstrip(half)
 
 
-def test_tune_asks_likewise_and_says_so(thinker, draft, asked, monkeypatch):
+def test_tune_asks_likewise_and_says_so(thinker, draft, asked, tmp_path, monkeypatch, capsys):
     few = {"shapes": FEW, "rules": RULES[:1]}
     monkeypatch.setattr("slipstream.decode.tune.tune.__kwdefaults__", {**tune.__kwdefaults__, **few})
-    assert main(["tune", *options(thinker, draft), "--prompts", str(asked), "--budget", "strict"]) == 0
+    path = tmp_path / "trace.arrow"
+    command = ["tune", *options(thinker, draft), "--prompts", str(asked), "--budget", "strict", "--trace", str(path)]
+    assert main(command) == 0
     assert Policy.load(draft).measured["think"] is False
+    assert Trace.open(path).header.think is False
+    capsys.readouterr()
+    assert main([*command, "--think", "true"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith(f"{path} was recorded with think false, not true; record it again")
 
 
 def test_a_run_goes_on_with_the_same_thinking_only(thinker, draft, asked, tmp_path, monkeypatch, capsys):

@@ -15,7 +15,7 @@ from slipstream.decode.policy import Policy
 from slipstream.decode.recorder import record
 from slipstream.decode.replay import replay
 from slipstream.decode.speculation import Speculation
-from slipstream.decode.trace import Trace
+from slipstream.decode.trace import KEY, Trace
 from slipstream.decode.tree import TreeShape, make_tree
 from slipstream.decode.verify import Spent, Verifier, verify
 from slipstream.distill.target import Target
@@ -264,6 +264,11 @@ def test_unreadable_traces_and_mixed_ones_are_named(decoder, prompts, tmp_path):
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, pa.schema([("a", pa.int8())])):
         pass
     with pytest.raises(SlipstreamError, match="not a trace of slipstream"):
+        Trace.open(path)
+    old = pa.schema([("a", pa.int8())], metadata={KEY: b'{"version": 1}'})
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, old):
+        pass
+    with pytest.raises(SlipstreamError, match="is a trace of format 1, this version reads 2"):
         Trace.open(path)
     with record(tmp_path / "exact.arrow", decoder) as recorder:
         decoder.generate(prompts[:1], max_new_tokens=2, observer=recorder)
