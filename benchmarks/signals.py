@@ -170,10 +170,8 @@ def main(
         draw_curves(
             "Acceptance length against regret by signal, greedily and at temperature 1",
             [
-                Panel(
-                    f"T = {temperature}", {s: list(zip(*by_regret(x.sum(1)), strict=True)) for s, x in curves.items()}
-                )
-                for temperature, curves in drawn.items()
+                Panel(f"T = {temperature}", {s: list(zip(*by_regret(x.sum(1)), strict=True)) for s, x in group.items()})
+                for temperature, group in drawn.items()
             ],
             "regret (nats per token)",
             "acceptance length",

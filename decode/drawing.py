@@ -36,7 +36,6 @@ DARK = {
     PAPER: "#15181c",
     COLOURS["exact"]: "#3d8fd1",
     COLOURS["mars"]: "#f0803c",
-    COLOURS["engine"]: "#a3adb8",
 }
 _BAR = 0.34  # inches of a bar with its room, enough for a name of two lines
 _NAME = 28  # letters of a name in one line
