@@ -103,6 +103,7 @@ def svg_file(figure: Figure, title: str, label: str) -> str:
     dark = " ".join(f"--{light[1:]}: {colour};" for light, colour in DARK.items())
     width, height = (float(number) + 2 * _MARGIN for number in view.split()[2:])
     body = f'<rect x="{-_MARGIN}" y="{-_MARGIN}" width="100%" height="100%" rx="6" style="fill: {PAPER}"/>{body}'
+    body = " ".join(body.split()).replace("> <", "><") + "\n"
     for colour in DARK:
         body = body.replace(colour, f"var(--{colour[1:]}, {colour})")
     return (
