@@ -19,6 +19,7 @@ from slipstream.configs.progress import progress
 from slipstream.data.batches import Batch
 from slipstream.distill.adapters import rebuild, save_adapter
 from slipstream.distill.features import Features, OnlineFeatures, StoredFeatures
+from slipstream.distill.shards import shard
 from slipstream.distill.unroll import Distillation, labelled_rows
 from slipstream.train.launch import Launch, start
 from slipstream.train.measure import Measure
@@ -77,7 +78,10 @@ class Trainer:
         set_seed(self.settings.seed)
         accelerator = accelerator or start(self.settings, folder)
         self.device = accelerator.device
-        target.place(self.device, layers=store is None or self.settings.measure_every is not None)
+        if recipe.target.shard:
+            shard(target, self.device)
+        else:
+            target.place(self.device, layers=store is None or self.settings.measure_every is not None)
         head.check_target(target)
         self.head = head
         self.lora = recipe.head.lora_rank is not None

@@ -1,0 +1,88 @@
+"""A target in shards: every process holds its part, all get what a whole target gives, and what cannot work is refused."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from test_launch import cpus, run
+from test_plan import CARDS, SHAPES
+from tiny import ARCHITECTURES, tiny_target
+
+from slipstream.cli import main
+from slipstream.configs.errors import SlipstreamError
+from slipstream.configs.recipe import DataSettings, Recipe, TargetSettings
+from slipstream.distill.shards import layers_of, shard
+from slipstream.train.footprint import size_of
+from slipstream.train.plan import Text, outline, shortages, stages
+
+
+@pytest.mark.slow
+def test_targets_of_every_architecture_give_the_same_and_their_layers_come_one_by_one():
+    run("sharded.py", options=cpus(2))
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_layers_are_found_in_every_architecture(architecture):
+    target = tiny_target(architecture)
+    layers = layers_of(target)
+    assert len(layers) == target.config.num_hidden_layers
+    own = {id(x) for x in layers.parameters()}
+    rest = [x for x in target.model.parameters() if id(x) not in own]
+    assert size_of(rest) < size_of(layers.parameters())
+
+
+def test_the_plan_counts_a_share_of_the_layers_and_those_that_are_gathered(tmp_path):
+    SHAPES["meta-llama/Llama-3.3-70B-Instruct"].save_pretrained(tmp_path)
+    settings = Recipe(target=TargetSettings(str(tmp_path)), data=DataSettings(max_length=2048, batch_tokens=2048))
+    sharded = replace(settings, target=replace(settings.target, shard=True))
+    target, head = outline(settings)
+    machine = replace(CARDS, processes=16)
+    whole, parts = (
+        stages(recipe, target, head, Text.unknown(settings.data), machine) for recipe in (settings, sharded)
+    )
+    layers = layers_of(target)
+    saved = size_of(layers.parameters()) * 15 / 16
+    assert whole[2].held["target"] - parts[2].held["target"] == pytest.approx(saved)
+    gathered = parts[2].passing["target's forward"] - whole[2].passing["target's forward"]
+    assert gathered == 3 * size_of(layers[0].parameters())
+    assert "target.shard" in shortages(settings, whole[2:], machine)[0]
+    assert not shortages(sharded, parts[2:], machine)
+    assert whole[:2] == parts[:2]
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ([], "needs several processes"),
+        (["--target.device_map", "auto"], "set one of them"),
+        (["--data.features", "a/store"], "leave target.shard out"),
+        (["--distill.keep_features", "true", "--data.batches", "2"], "capture a store"),
+        (["--train.measure_every", "5"], "holds no whole target"),
+    ],
+)
+@pytest.mark.usefixtures("datasets_cache")
+def test_what_cannot_work_is_refused_in_one_line(tiny_target_folder, tmp_path, capsys, options, named):
+    talks = tmp_path / "talks.jsonl"
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo hello"}]
+    talks.write_text((json.dumps({"messages": messages}) + "\n") * 10)
+    recipe = ["--target.name", str(tiny_target_folder), "--target.shard", "true", "--out", str(tmp_path / "run")]
+    assert main(["train", *recipe, "--data.conversations", str(talks), *options]) == 2
+    *before, line = capsys.readouterr().err.splitlines()
+    assert named in line
+    assert not any("Traceback" in other for other in before)
+
+
+def test_capture_is_sent_to_a_device_map(tiny_target_folder, tmp_path, capsys):
+    recipe = ["--target.name", str(tiny_target_folder), "--target.shard", "true", "--out", str(tmp_path / "store")]
+    assert main(["capture", *recipe]) == 2
+    assert "use target.device_map" in capsys.readouterr().err
+
+
+def test_quantised_weights_are_not_cut_up():
+    target = tiny_target()
+    target.model.config.quantization_config = {"quant_method": "any"}
+    with pytest.raises(SlipstreamError, match="quantised"):
+        shard(target, torch.device("cpu"))
