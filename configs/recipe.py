@@ -167,6 +167,7 @@ class TrainSettings:
         measure_prompts: Their file, JSONL of Spec-Bench rows; None takes the tuning prompts that ship with the package.
         measure_tokens: New tokens an answer.
         mixed_precision: `bf16` or `no`; weights stay fp32.
+        compile: Run the head's layers through `torch.compile`; a CPU needs a C++ compiler for it.
         seed: Of initialisation, order and noise.
         log_every: Steps between metric rows.
         checkpoint_minutes: Minutes between checkpoints.
@@ -188,6 +189,7 @@ class TrainSettings:
     measure_prompts: str | None = None
     measure_tokens: int = 64
     mixed_precision: Literal["bf16", "no"] = "bf16"
+    compile: bool = False
     seed: int = 0
     log_every: int = 10
     checkpoint_minutes: float = 2.0

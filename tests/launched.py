@@ -2,17 +2,20 @@
 
 accelerate launch ... tests/launched.py OUT '{"optimizer": "adamw", "accumulation": 2}' [steps after which to stop]
 
-The settings are those of `train`, and `target.shard` as `shard_target`.
+The settings are those of `train`, and `target.shard` as `shard_target`. Graphs that are compiled are counted,
+and made without inductor.
 """
 
 import json
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
 from test_trainer import RECIPE, answers, dataset
 from tiny import VOCAB, tiny_head, tiny_target
+from torch._dynamo.utils import counters
 from torch.distributed.tensor import DTensor
 
 from slipstream.configs.recipe import TargetSettings, TrainSettings
@@ -44,7 +47,7 @@ def main(out: str, settings: str, stop: str = "0") -> None:
     if head is not None:
         torch.save(head.state_dict(), folder / "weights.pt")
         said = {"processes": trainer.launch.processes, "begun": begun, "losses": [row["loss"] for row in rows]}
-        said["held"] = held(target)
+        said |= {"held": held(target), "graphs": counters["stats"]["unique_graphs"]}
         (folder / "said.json").write_text(json.dumps(said))
 
 
@@ -56,4 +59,5 @@ def held(target: Target) -> float:
 
 
 if __name__ == "__main__":
+    torch.compile = partial(torch.compile, backend="aot_eager")
     main(*sys.argv[1:])

@@ -56,10 +56,11 @@ def outcome(folder):
     return said, torch.load(folder / "weights.pt")
 
 
-def assert_same(folder, reference, processes, begun=0, loose=1, held=1):
+def assert_same(folder, reference, processes, begun=0, loose=1, held=1, compiled=False):
     said, weights = outcome(folder)
     expected, wanted = outcome(reference)
     assert (said["processes"], said["begun"], said["held"]) == (processes, begun, held)
+    assert (0 < said["graphs"] < 20) if compiled else not said["graphs"]
     assert said["losses"] == pytest.approx(expected["losses"][begun:], rel=1e-4 * loose)
     for name, weight in wanted.items():
         torch.testing.assert_close(weights[name], weight, rtol=1e-3, atol=2e-5 * loose)

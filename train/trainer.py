@@ -83,6 +83,8 @@ class Trainer:
         else:
             target.place(self.device, layers=store is None or self.settings.measure_every is not None)
         head.check_target(target)
+        if self.settings.compile:
+            head.compile_layers()
         self.head = head
         self.lora = recipe.head.lora_rank is not None
         mixed = self.settings.mixed_precision == "bf16"
