@@ -15,7 +15,7 @@ from tiny import ARCHITECTURES, tiny_target
 from slipstream import cli
 from slipstream.cli import main
 from slipstream.configs.errors import SlipstreamError
-from slipstream.configs.recipe import DataSettings, Recipe, TargetSettings
+from slipstream.configs.recipe import DataSettings, DistillSettings, Recipe, TargetSettings
 from slipstream.distill.shards import layers_of, shard
 from slipstream.train.footprint import size_of
 from slipstream.train.plan import Text, outline, shortages, stages
@@ -79,7 +79,8 @@ def test_layers_are_found_in_every_architecture(architecture):
 
 def test_the_plan_counts_a_share_of_the_layers_and_those_that_are_gathered(tmp_path):
     SHAPES["meta-llama/Llama-3.3-70B-Instruct"].save_pretrained(tmp_path)
-    settings = Recipe(target=TargetSettings(str(tmp_path)), data=DataSettings(max_length=2048, batch_tokens=2048))
+    data = DataSettings(max_length=2048, batch_tokens=2048)
+    settings = Recipe(target=TargetSettings(str(tmp_path)), data=data, distill=DistillSettings(steps=1))
     sharded = replace(settings, target=replace(settings.target, shard=True))
     target, head = outline(settings)
     machine = replace(CARDS, processes=16)
