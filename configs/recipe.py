@@ -26,12 +26,21 @@ class TargetSettings:
         adapter: A peft adapter to merge into the target, folder or hub id.
         device_map: `auto` spreads the target over all devices of the process (and the memory and disk behind them); None
             puts it on the one that trains.
+        shard: Spread the weights of the target's layers over the processes of the launch (FSDP2), for a target that no
+            single device holds.
     """
 
     name: str = "smollm2-135m-instruct"
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     adapter: str | None = None
     device_map: Literal["auto"] | None = None
+    shard: bool = False
+
+    def __post_init__(self) -> None:
+        if self.shard and self.device_map is not None:
+            raise SlipstreamError(
+                "target.shard spreads the target over processes, target.device_map over the devices of one: set one of them"
+            )
 
 
 @dataclass(frozen=True)
@@ -158,6 +167,7 @@ class TrainSettings:
         measure_prompts: Their file, JSONL of Spec-Bench rows; None takes the tuning prompts that ship with the package.
         measure_tokens: New tokens an answer.
         mixed_precision: `bf16` or `no`; weights stay fp32.
+        compile: Run the head's layers through `torch.compile`; a CPU needs a C++ compiler for it.
         seed: Of initialisation, order and noise.
         log_every: Steps between metric rows.
         checkpoint_minutes: Minutes between checkpoints.
@@ -179,6 +189,7 @@ class TrainSettings:
     measure_prompts: str | None = None
     measure_tokens: int = 64
     mixed_precision: Literal["bf16", "no"] = "bf16"
+    compile: bool = False
     seed: int = 0
     log_every: int = 10
     checkpoint_minutes: float = 2.0
@@ -221,4 +232,20 @@ class Recipe:
         if self.distill.keep_features and self.data.features is not None:
             raise SlipstreamError(
                 "distill.keep_features keeps what the target gave; data.features has it on disk already"
+            )
+        if self.target.shard:
+            self._check_shard()
+
+    def _check_shard(self) -> None:
+        """Refuse what a target in shards cannot do: its processes run it in step, or not at all."""
+        if self.data.features is not None:
+            raise SlipstreamError("data.features stands in for the target's layers: leave target.shard out")
+        if self.distill.keep_features:
+            raise SlipstreamError(
+                "distill.keep_features runs the target when a process lacks a batch, which target.shard cannot do: all "
+                "processes run it at once; capture a store (data.features) instead"
+            )
+        if self.train.measure_every is not None:
+            raise SlipstreamError(
+                "train.measure_every decodes on the main process, which holds no whole target under target.shard: leave one out"
             )

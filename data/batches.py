@@ -11,7 +11,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from datasets import Dataset
 
-_POOL = 64  # conversations of a pool of this many batches are sorted by length
+POOL = 64  # conversations of a pool of this many batches are sorted by length
 
 
 class Batch(NamedTuple):
@@ -50,7 +50,7 @@ class Batches:
         if epoch not in self._epochs:
             draw = np.random.default_rng([self.seed, epoch])
             order = draw.permutation(len(self.lengths))
-            pool = _POOL * max(1, self.batch_tokens // int(self.lengths.max()))
+            pool = POOL * max(1, self.batch_tokens // int(self.lengths.max()))
             plan: list[list[int]] = []
             for start in range(0, len(order), pool):
                 plan += group(order[start : start + pool], self.lengths, self.batch_tokens)

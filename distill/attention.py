@@ -29,6 +29,7 @@ class UnrollAttention:
     def __init__(self) -> None:
         self._steps: dict[int, tuple[list[Tensor], list[Tensor]]] = {}  # keys and values of a layer
 
+    @torch.compiler.disable  # keeps a state, and its blocks are of many lengths
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, layer: int) -> Tensor:
         """Attend from step `len(calls of this layer so far)`.
 

@@ -238,6 +238,11 @@ class DraftHead(PreTrainedModel):
         lent.weight = nn.Parameter(weight, requires_grad=False)
         self.__dict__["lm_head"] = lent  # no submodule: neither saved nor trained
 
+    def compile_layers(self) -> None:
+        """Let the layers run through `torch.compile`, for batches of any size; attention over the caller's keys does not."""
+        for layer in (self.midlayer, *self.layers):
+            layer.compile(dynamic=True)
+
     def fuse(self, features: Tensor) -> Tensor:
         """Target features [.., A*Ht] to the first step's feature [.., H]."""
         if self.config.kind == "eagle1":

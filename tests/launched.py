@@ -1,30 +1,37 @@
 """Runs under `accelerate launch`: trains the tiny head of tests/test_trainer.py by one recipe and writes its weights.
 
 accelerate launch ... tests/launched.py OUT '{"optimizer": "adamw", "accumulation": 2}' [steps after which to stop]
+
+The settings are those of `train`, and `target.shard` as `shard_target`. Graphs that are compiled are counted,
+and made without inductor.
 """
 
 import json
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
 from test_trainer import RECIPE, answers, dataset
 from tiny import VOCAB, tiny_head, tiny_target
+from torch._dynamo.utils import counters
+from torch.distributed.tensor import DTensor
 
-from slipstream.configs.recipe import TrainSettings
+from slipstream.configs.recipe import TargetSettings, TrainSettings
 from slipstream.data.batches import Batches
+from slipstream.distill.shards import layers_of
+from slipstream.distill.target import Target
 from slipstream.train.metrics import Metrics
 from slipstream.train.trainer import Trainer
 
 
 def main(out: str, settings: str, stop: str = "0") -> None:
-    folder = Path(out)
+    folder, given = Path(out), json.loads(settings)
     recipe = replace(
         RECIPE,
-        train=TrainSettings(
-            max_steps=6, learning_rate=3e-3, mixed_precision="no", log_every=1, clip=0.2, **json.loads(settings)
-        ),
+        target=TargetSettings(shard=given.pop("shard_target", False)),
+        train=TrainSettings(max_steps=6, learning_rate=3e-3, mixed_precision="no", log_every=1, clip=0.2, **given),
     )
     target = tiny_target()
     head = tiny_head(target, VOCAB).train()
@@ -40,8 +47,17 @@ def main(out: str, settings: str, stop: str = "0") -> None:
     if head is not None:
         torch.save(head.state_dict(), folder / "weights.pt")
         said = {"processes": trainer.launch.processes, "begun": begun, "losses": [row["loss"] for row in rows]}
+        said |= {"held": held(target), "graphs": counters["stats"]["unique_graphs"]}
         (folder / "said.json").write_text(json.dumps(said))
 
 
+def held(target: Target) -> float:
+    """Share of the layers' weights that this process holds."""
+    layers = [*layers_of(target).parameters()]
+    here = sum((x.to_local() if isinstance(x, DTensor) else x).numel() for x in layers)
+    return here / sum(x.numel() for x in layers)
+
+
 if __name__ == "__main__":
+    torch.compile = partial(torch.compile, backend="aot_eager")
     main(*sys.argv[1:])

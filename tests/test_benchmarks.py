@@ -13,10 +13,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import save_llama
+from datasets import Dataset
 from test_tasks import write
 from tiny import tiny_head
 
 import slipstream
+from slipstream.data import batches
 from slipstream.decode import plan
 from slipstream.decode.evaluate import Record
 from slipstream.decode.policy import Policy
@@ -25,7 +27,7 @@ from slipstream.decode.tree import TreeShape, make_tree
 from slipstream.decode.verify import Token, Verifier
 
 ROOT = Path(__file__).parent.parent
-STUDIES = ("study", "decode", "defaults", "guards", "policies", "released", "signals")
+STUDIES = ("study", "decode", "defaults", "guards", "padding", "policies", "released", "signals")
 TALKS = [
     {"question_id": 1, "category": "writing", "turns": ["Hi", "hello"], "reference": ["Yo", "Yo"]},
     {"question_id": 2, "category": "math", "turns": ["Yo user"], "reference": ["#### 2"]},
@@ -265,3 +267,12 @@ def test_the_two_by_two(command, tmp_path):
     assert _number(texts["released q, on"]["relaxed"]) > 0
     assert _number(texts["released q, off"]["tau"]) > _number(texts["exact"]["tau"])
     assert len((tmp_path / "laws.jsonl").read_text().splitlines()) == len(TALKS)
+
+
+def test_padding_is_a_share_of_what_is_computed(studies, monkeypatch):
+    monkeypatch.setattr(batches, "POOL", batches.POOL)
+    rows = [{"input_ids": [0] * n, "mask": [1] * n} for n in (1, 3) * 4]
+    tokens = Dataset.from_list(rows).with_format("numpy")
+    assert studies["padding"].padding(tokens, 6, 4) == 0  # rows of 1 together, rows of 3 in pairs
+    alone, sorted_together = (studies["padding"].padding(tokens, 6, pool) for pool in (1, 2))
+    assert 0 < sorted_together < alone < 1 / 3 + 1e-9  # a row of 3 beside one of 1

@@ -18,11 +18,16 @@ FILES = HERE.parent / "configs" / "launch"
 ADAMW = {"optimizer": "adamw"}
 
 
-def launch(out, settings, *options, stop=0, launcher="torch.distributed.run", **environment):
+def launch(out, settings, *options, stop=0, **environment):
     """Run tests/launched.py under a launcher."""
-    command = [sys.executable, "-m", launcher, *map(str, options), str(HERE / "launched.py")]
+    run("launched.py", out, json.dumps(settings), stop, options=options, **environment)
+
+
+def run(script, *arguments, options, launcher="torch.distributed.run", **environment):
+    """Run a script of tests/ under a launcher."""
+    command = [sys.executable, "-m", launcher, *options, HERE / script, *arguments]
     done = subprocess.run(
-        [*command, str(out), json.dumps(settings), str(stop)],
+        [*map(str, command)],
         env={
             **os.environ,
             "OMP_NUM_THREADS": "1",
@@ -51,10 +56,11 @@ def outcome(folder):
     return said, torch.load(folder / "weights.pt")
 
 
-def assert_same(folder, reference, processes, begun=0, loose=1):
+def assert_same(folder, reference, processes, begun=0, loose=1, held=1, compiled=False):
     said, weights = outcome(folder)
     expected, wanted = outcome(reference)
-    assert (said["processes"], said["begun"]) == (processes, begun)
+    assert (said["processes"], said["begun"], said["held"]) == (processes, begun, held)
+    assert (0 < said["graphs"] < 20) if compiled else not said["graphs"]
     assert said["losses"] == pytest.approx(expected["losses"][begun:], rel=1e-4 * loose)
     for name, weight in wanted.items():
         torch.testing.assert_close(weights[name], weight, rtol=1e-3, atol=2e-5 * loose)
@@ -68,9 +74,10 @@ def alone(request, tmp_path_factory):
     return folder
 
 
-def test_two_processes_do_what_one_does(alone, tmp_path):
-    launch(tmp_path, {**ADAMW, "accumulation": 2}, *cpus(2))
-    assert_same(tmp_path, alone, 2)
+@pytest.mark.parametrize("shard", [False, True], ids=["", "a target in shards"])
+def test_two_processes_do_what_one_does(alone, tmp_path, shard):
+    launch(tmp_path, {**ADAMW, "accumulation": 2, "shard_target": shard}, *cpus(2))
+    assert_same(tmp_path, alone, 2, held=0.5 if shard else 1)
 
 
 @pytest.mark.slow
@@ -89,10 +96,14 @@ def test_a_run_goes_on_with_another_number_of_processes(alone, tmp_path):
     assert_same(tmp_path, alone, 2, begun=3)
 
 
-def test_sharded_over_two_processes_it_is_the_same_and_goes_on(alone, tmp_path):
-    launch(tmp_path, {**ADAMW, "accumulation": 2, "shard": True}, *cpus(2), stop=3)
-    launch(tmp_path, {**ADAMW, "accumulation": 2, "shard": True}, *cpus(2))
-    assert_same(tmp_path, alone, 2, begun=3)
+@pytest.mark.parametrize(
+    "target", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["", "and a target in shards"]
+)
+def test_sharded_over_two_processes_it_is_the_same_and_goes_on(alone, tmp_path, target):
+    settings = {**ADAMW, "accumulation": 2, "shard": True, "shard_target": target}
+    launch(tmp_path, settings, *cpus(2), stop=3)
+    launch(tmp_path, settings, *cpus(2))
+    assert_same(tmp_path, alone, 2, begun=3, held=0.5 if target else 1)
 
 
 @pytest.mark.slow

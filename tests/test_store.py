@@ -141,10 +141,9 @@ def test_batches_of_a_store_are_those_of_the_conversations_with_zeros_behind(fin
 
 def test_batches_come_in_any_order_whatever_was_announced(finished):
     store = Store(finished)
-    features = StoredFeatures(store, Batches(store.tokens, 128, 0), CPU)
+    features = StoredFeatures(store, Batches(store.tokens, 128, 0))
     for index, then in [(0, 1), (1, 4), (2, 3), (3, 0), (0, 0), (0, 50)]:
-        batch, captured = features.of(index, then)
-        assert torch.equal(batch.input_ids, features.batches[index].input_ids)
+        captured = features.of(index, features.batches[index], then)
         assert torch.equal(captured.features, store.batch(features.batches.rows(index)).features)
 
 

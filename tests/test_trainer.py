@@ -87,6 +87,15 @@ def test_a_parallel_head_goes_on_from_before_it_was_unrolled(tmp_path):
         assert torch.equal(weight, second.head.state_dict()[name]), name
 
 
+def test_a_micro_batch_is_put_together_once(tmp_path, monkeypatch):
+    run = trainer(tmp_path, replace(RECIPE, train=replace(RECIPE.train, accumulation=3)))
+    asked, get = [], Batches.__getitem__
+    monkeypatch.setattr(Batches, "__getitem__", lambda batches, index: asked.append(index) or get(batches, index))
+    for _ in range(2):
+        run._optimize(Metrics(3))
+    assert asked == [0, 1, 2, 3, 4, 5]
+
+
 def test_muon_has_the_matrices_inside_the_head_only(tmp_path):
     run = trainer(tmp_path)
     muon, adamw = run.launch.optimizers

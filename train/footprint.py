@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from slipstream.distill.attention import UnrollAttention, block_size
 from slipstream.distill.draft import DraftConfig
 from slipstream.distill.loss import CHUNK, GROUP, TEACHER_CHUNK, TEACHER_GROUP
+from slipstream.distill.shards import layers_of
 from slipstream.train.optimizer import make_optimizers
 
 if TYPE_CHECKING:
@@ -54,6 +55,14 @@ def forward_bytes(target: Target, data: DataSettings) -> dict[str, int]:
     shape = DraftConfig.for_target(target, 1)
     width = (target.config.num_hidden_layers + 1) * shape.hidden_size + 3 * shape.intermediate_size
     return {"target's forward": rows * length * (width * target.dtype.itemsize + captured_bytes(target))}
+
+
+def sharded_bytes(target: Target, processes: int) -> tuple[int, int]:
+    """What a process holds of a target in shards, and what it has for a moment: a layer, and what it and the last came in."""
+    layers = layers_of(target)
+    shared = size_of(layers.parameters())
+    gathered = 3 * max(size_of(layer.parameters()) for layer in layers)
+    return size_of(target.model.parameters()) - shared + shared // processes, gathered
 
 
 def cache_bytes(target: Target, data: DataSettings) -> dict[str, int]:

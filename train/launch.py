@@ -77,6 +77,11 @@ class Launch:
             raise SlipstreamError(
                 "train.ema averages whole weights; it does not go with ZeRO stage 3: launch with stage 2"
             )
+        if self.deepspeed and settings.compile and accelerator.state.deepspeed_plugin.zero_stage == 3:
+            raise SlipstreamError(
+                "train.compile needs weights that stay where they are, which ZeRO stage 3 gathers layer by layer: launch "
+                "with stage 2"
+            )
         module = module.to(accelerator.device)
         if settings.shard and not self.deepspeed:
             if accelerator.num_processes < 2:

@@ -21,6 +21,7 @@ from slipstream.train.footprint import (
     captured_bytes,
     forward_bytes,
     padded,
+    sharded_bytes,
     size_of,
     train_bytes,
     written_bytes,
@@ -165,6 +166,10 @@ def stages(recipe: Recipe, target: Target, head: DraftHead, text: Text, machine:
     if recipe.distill.keep_features and recipe.data.batches is not None:
         kept = {"kept features": round(recipe.data.batches * text.batch) * captured_bytes(target)}
     needed = ends if recipe.train.measure_every is None else whole
+    online, running = whole, states
+    if recipe.target.shard:
+        share, gathered = sharded_bytes(target, machine.processes)
+        online, running = {"target": share}, {name: size + gathered for name, size in states.items()}
     return [
         Stage(
             "regenerate",
@@ -185,8 +190,8 @@ def stages(recipe: Recipe, target: Target, head: DraftHead, text: Text, machine:
         Stage(
             "train online",
             used=not stored,
-            held={**whole, **trained, **kept},
-            passing={**states, **micro_batch},
+            held={**online, **trained, **kept},
+            passing={**running, **micro_batch},
             disk=disk,
             seconds=(captured * forward + learning) / speed,
         ),
@@ -205,7 +210,7 @@ def stages(recipe: Recipe, target: Target, head: DraftHead, text: Text, machine:
 def shortages(recipe: Recipe, plan: Sequence[Stage], machine: Machine) -> list[str]:
     """What of the stages that are used does not fit, and what would make it smaller."""
     advice = {
-        "target": "target.device_map auto, or a store (data.features)",
+        "target": "target.device_map auto, target.shard, or a store (data.features)",
         "kept features": "data.batches",
         "head": "train.shard, or head.hidden_size",
         "gradients": "train.shard, or head.hidden_size",

@@ -16,8 +16,10 @@ from safetensors.torch import save_file
 from slipstream.configs.errors import SlipstreamError
 from slipstream.configs.files import write_atomic, write_through
 from slipstream.configs.progress import progress
+from slipstream.data.batches import Batch
 from slipstream.distill.adapters import rebuild, save_adapter
 from slipstream.distill.features import Features, OnlineFeatures, StoredFeatures
+from slipstream.distill.shards import shard
 from slipstream.distill.unroll import Distillation, labelled_rows
 from slipstream.train.launch import Launch, start
 from slipstream.train.measure import Measure
@@ -33,7 +35,7 @@ if TYPE_CHECKING:
 
     from slipstream.configs.progress import Advance
     from slipstream.configs.recipe import Recipe
-    from slipstream.data.batches import Batch, Batches
+    from slipstream.data.batches import Batches
     from slipstream.distill.draft import DraftHead
     from slipstream.distill.store import Store
     from slipstream.distill.target import Target
@@ -76,8 +78,13 @@ class Trainer:
         set_seed(self.settings.seed)
         accelerator = accelerator or start(self.settings, folder)
         self.device = accelerator.device
-        target.place(self.device, layers=store is None or self.settings.measure_every is not None)
+        if recipe.target.shard:
+            shard(target, self.device)
+        else:
+            target.place(self.device, layers=store is None or self.settings.measure_every is not None)
         head.check_target(target)
+        if self.settings.compile:
+            head.compile_layers()
         self.head = head
         self.lora = recipe.head.lora_rank is not None
         mixed = self.settings.mixed_precision == "bf16"
@@ -88,9 +95,9 @@ class Trainer:
         self.measure = Measure(target, head.config, self.settings) if self.settings.measure_every else None
         self.average: dict[str, Tensor] = {}
         self.features: Features = (
-            OnlineFeatures(target, batches, self.device, keep=self.distill.keep_features)
+            OnlineFeatures(target, batches, keep=self.distill.keep_features)
             if store is None
-            else StoredFeatures(store, batches, self.device)
+            else StoredFeatures(store, batches)
         )
         self.step = 0
         self.seconds = 0.0
@@ -137,12 +144,13 @@ class Trainer:
         settings, steps = self.settings, self._unrolled()
         first = self.step * self.micro + self.launch.accelerator.process_index * settings.accumulation
         indices = [*range(first, first + settings.accumulation), first + self.micro]
-        batches = {index: self.batches[index] for index in indices[:-1]}
+        batches = {index: self._batch(index) for index in indices[:-1]}
         # The loss is a mean over all labelled rows of all processes and micro-batches, each unroll step at its weight.
         rows = self.launch.sum(torch.stack([labelled_rows(b.mask, steps) for b in batches.values()]).sum(0).float())
         scale = self.weights[:steps] / (rows * self.weights[:steps]).sum().clamp(min=1.0)
         for index, then in pairwise(indices):
-            batch, captured = self.features.of(index, then)
+            batch = batches[index]
+            captured = self.features.of(index, batch, then)
             noise = torch.Generator(self.device).manual_seed(settings.seed * 1_000_003 + index)
             loss, out = self.launch.module(batch.input_ids, batch.mask, scale, captured, noise)
             self.launch.backward(loss, last=then == indices[-1])
@@ -156,6 +164,10 @@ class Trainer:
                 self.average.setdefault(name, weight.detach().clone()).lerp_(weight.detach(), 1 - settings.ema)
         self.step += 1
         return sum(batch.mask.numel() for batch in batches.values())
+
+    def _batch(self, index: int) -> Batch:
+        """The index-th micro-batch, on the device."""
+        return Batch(*(values.to(self.device) for values in self.batches[index]))
 
     def _keep_bad(self, batches: dict[int, Batch]) -> None:
         """Write down what the loss became NaN on, and stop."""

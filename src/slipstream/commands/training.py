@@ -39,6 +39,10 @@ def capture(
     from slipstream.distill.store import Manifest
     from slipstream.distill.target import load_target
 
+    if recipe.target.shard:
+        raise SlipstreamError(
+            "slipstream capture divides the files over the processes, so that each needs the target: use target.device_map"
+        )
     share, shares = _fraction(shard)
     process, processes, local = (
         int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
@@ -167,12 +171,13 @@ def train(
         head.requires_grad_(True)
         if recipe.head.lora_rank is not None:
             add_lora(head, recipe.head.lora_rank, recipe.train.seed)
+    origin = describe_target(target)  # before its weights are in shards
     batches = Batches(tokens, recipe.data.batch_tokens, recipe.train.seed, recipe.data.batches)
     trainer = Trainer(recipe, target, head, batches, out / "train", store=store, accelerator=accelerator)
     rows = trainer.run()
     trained = trainer.result()
     if trained is not None:
-        provenance = {**describe_target(target), "recipe": asdict(recipe), "tokens": rows[-1]["tokens"]}
+        provenance = {**origin, "recipe": asdict(recipe), "tokens": rows[-1]["tokens"]}
         save_head(trained, out / "draft", provenance)
         write_card(out / "draft", target.name, license=EMBEDDED_LICENSE if target.name == EMBEDDED else None)
         print(f"draft head: {out / 'draft'}", file=sys.stderr)
