@@ -9,6 +9,8 @@ from torch import Tensor
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
+from slipstream.decode.transfer import to_device
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -28,20 +30,24 @@ class Rows:
 
     Attributes:
         lengths: One per row.
-        tensor: The same, [B].
+        tensor: The same, [B]; it stays where it is until rows leave.
         even: Whether all are equal.
         whole: Whether layers hand out their buffers as a whole, so that no shape depends on the lengths.
+        behind: Tokens written behind each row's committed ones where `whole`, [].
     """
 
     def __init__(self, batch: int, device: torch.device) -> None:
         self.whole = False
-        self.set([0] * batch, device)
+        self.tensor = torch.zeros(batch, dtype=torch.long, device=device)
+        self.behind = torch.zeros((), dtype=torch.long, device=device)
+        self.set([0] * batch)
 
-    def set(self, lengths: list[int], device: torch.device) -> None:
+    def set(self, lengths: list[int]) -> None:
         """Replace the lengths."""
         self.lengths = lengths
-        self.tensor = torch.tensor(lengths, device=device)
         self.even = len(set(lengths)) == 1
+        new = to_device(lengths, self.tensor.device)
+        self.tensor = self.tensor.copy_(new) if len(new) == len(self.tensor) else new
 
 
 class TreeLayer(CacheLayerMixin):
@@ -74,7 +80,7 @@ class TreeLayer(CacheLayerMixin):
         """Append [B, heads, Q, d] to every row and return everything up to the longest row's end, as views."""
         if self.rows.whole:  # nothing below that reads a length: a compiled graph would be bound to it
             assert self.keys is not None and self.values is not None
-            self._scatter(key_states, value_states)
+            self._scatter(key_states, value_states, self.rows.behind)
             return self.keys, self.values
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -87,13 +93,13 @@ class TreeLayer(CacheLayerMixin):
             self.keys[:, :, end - count : end] = key_states
             self.values[:, :, end - count : end] = value_states
         else:
-            self._scatter(key_states, value_states)
+            self._scatter(key_states, value_states, self.tentative)
         self.tentative += count
         return self.keys[:, :, :end], self.values[:, :, :end]
 
-    def _scatter(self, key_states: Tensor, value_states: Tensor) -> None:
+    def _scatter(self, key_states: Tensor, value_states: Tensor, behind: int | Tensor) -> None:
         assert self.keys is not None and self.values is not None
-        new = torch.arange(key_states.shape[2], device=key_states.device) + self.tentative
+        new = torch.arange(key_states.shape[2], device=key_states.device) + behind
         slots = (self.rows.tensor[:, None] + new)[:, None, :, None]
         self.keys.scatter_(2, slots.expand_as(key_states), key_states)
         self.values.scatter_(2, slots.expand_as(value_states), value_states)
@@ -137,12 +143,24 @@ class TreeCache(Cache):
 
     @property
     def whole(self) -> bool:
-        """Whether every forward sees all slots, empty ones masked, one forward between commits: shapes never change."""
+        """Whether every forward sees all slots, empty ones masked: shapes never change. `advance` parts two of a round."""
         return self.rows.whole
 
     @whole.setter
     def whole(self, value: bool) -> None:
         self.rows.whole = value
+        if value and self.rows.tensor.is_cuda:
+            self.mark_static()
+
+    def mark_static(self) -> None:
+        """Promise that what a compiled forward reads and writes here stays where it is.
+
+        inductor runs a function that writes to its inputs without CUDA graphs unless their addresses are static; the keys
+        and values are written to. Not on a CPU: what is static there is taken for a weight and frozen with the others.
+        """
+        buffers = [buffer for layer in self.layers for buffer in (layer.keys, layer.values)]
+        for tensor in (self.rows.tensor, self.rows.behind, *buffers):
+            torch._dynamo.mark_static_address(tensor)
 
     @property
     def lengths(self) -> list[int]:
@@ -183,30 +201,66 @@ class TreeCache(Cache):
             width = max(len(path) for path in paths)
             padded = [[*path, *range(len(path), width)] for path in paths]
             start = self.rows.tensor[:, None]
-            source = torch.tensor(padded, device=start.device) + start
+            source = to_device(padded, start.device) + start
             target = torch.arange(width, device=start.device) + start
             for layer in self.layers:
                 layer.move(source, target)
-        self.rows.set([n + len(path) for n, path in zip(self.lengths, paths, strict=True)], self.rows.tensor.device)
+        self.rows.set([n + len(path) for n, path in zip(self.lengths, paths, strict=True)])
         self.rollback()
 
     def commit_first(self, counts: Sequence[int]) -> None:
         """Keep the first `counts[b]` tentative tokens of row b."""
         self.commit([range(n) for n in counts])
 
+    def advance(self, count: int) -> None:
+        """Where `whole`: let the next forward write behind the `count` tentative tokens of the last one."""
+        self.rows.behind += count
+
     def rollback(self) -> None:
         """Drop the tentative tokens."""
         self._tentative = []
+        self.rows.behind.zero_()
         for layer in self.layers:
             layer.tentative = 0
 
     def keep(self, rows: Sequence[int]) -> None:
         """Keep only these rows of the batch."""
-        index = torch.tensor(rows, device=self.rows.tensor.device)
+        index = to_device(rows, self.rows.tensor.device)
         for layer in self.layers:
             if layer.is_initialized:
                 layer.keys, layer.values = layer.keys.index_select(0, index), layer.values.index_select(0, index)
-        self.rows.set([self.lengths[row] for row in rows], index.device)
+        self.rows.set([self.lengths[row] for row in rows])
+
+    def clear(self) -> None:
+        """Forget everything; the buffers stay where they are."""
+        self.whole = False
+        self.rows.set([0] * len(self.lengths))
+        self.rollback()
+        for layer in self.layers:
+            if layer.is_initialized:
+                layer.keys.zero_()  # what is masked must be finite all the same
+                layer.values.zero_()
+
+
+class FixedCaches:
+    """Caches of fixed size for one row, kept from request to request: a CUDA graph is recorded for given addresses.
+
+    Args:
+        num_layers: Of the model.
+        device: Where the model is.
+    """
+
+    def __init__(self, num_layers: int, device: torch.device) -> None:
+        self._num_layers, self._device = num_layers, device
+        self._caches: dict[int, TreeCache] = {}
+
+    def take(self, tokens: int) -> TreeCache:
+        """The empty one that holds so many tokens; who had it before is done with it."""
+        capacity = fixed_capacity(tokens)
+        if capacity not in self._caches:
+            self._caches[capacity] = TreeCache(self._num_layers, 1, self._device, capacity)
+        self._caches[capacity].clear()
+        return self._caches[capacity]
 
 
 def causal(count: int, batch: int, device: torch.device) -> Tensor:

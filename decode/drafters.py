@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -10,9 +11,12 @@ from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
 from slipstream.configs.errors import SlipstreamError
-from slipstream.decode.cache import TreeCache, causal
+from slipstream.decode.cache import FixedCaches, TreeCache, causal
 from slipstream.decode.draws import uniforms
+from slipstream.decode.speculation import LONGEST, SIZES, bucket
+from slipstream.decode.transfer import to_device
 from slipstream.decode.tree import Tree, TreeBuilder, TreeShape, fixed_levels, graft, make_tree, root_only
+from slipstream.distill.compilation import compile_static
 from slipstream.distill.packing import pack
 
 if TYPE_CHECKING:
@@ -42,6 +46,8 @@ class Round:
         enough: Asked after each level, with the log-probabilities of the drafts at the nodes just expanded, [B, Q, Vd];
             whether to stop there.
         filler: A token to fill up copies with that no relaxed rule lets pass: one that ends the text.
+        compiled: Whether drafts are made by compiled forwards, where the drafter has them; in one row only, and in all
+            rounds of a request or in none.
     """
 
     ids: Tensor
@@ -53,16 +59,17 @@ class Round:
     generators: Sequence[torch.Generator] = ()
     enough: Callable[[Tensor], bool] | None = None
     filler: int = 0
+    compiled: bool = False
 
-    @property
+    @cached_property
     def ends(self) -> Tensor:
         """The lengths on the device, [B]."""
-        return torch.tensor(self.lengths, device=self.ids.device)
+        return to_device(self.lengths, self.ids.device)
 
     @property
     def roots(self) -> Tensor:
         """The last decided token of each row, [B]."""
-        return last_tokens(self.ids, self.lengths)
+        return self.ids.gather(1, self.ends[:, None] - 1)[:, 0]
 
 
 class Drafter(Protocol):
@@ -241,7 +248,7 @@ class _TreeDrafter:
             seen = torch.cat([seen[:, come], own], dim=2)
             inner, above = [first + node for node in level.inner], value[:, level.inner]
             logits, state = self._step(new[:, level.inner], state[:, come], depth, round, seen)
-        flat = torch.tensor(parents, device=round.ids.device).expand(batch, -1)
+        flat = to_device(parents, round.ids.device).expand(batch, -1)
         return make_tree(torch.cat(tokens, 1), flat, torch.cat(scores, 1), len(tokens) - 1, drawn)
 
 
@@ -256,7 +263,12 @@ class HeadDrafter(_TreeDrafter):
         self.embeddings = target.embeddings
         self.vocabulary = head.vocabulary()
         self.vocab_size = target.vocab_size
+        self._caches = FixedCaches(self.layers, self.vocabulary.device)
         self.begin(1)
+
+    @cached_property
+    def _compiled(self) -> Callable[..., tuple[Tensor, Tensor]]:
+        return compile_static(self._run, self.vocabulary.device)
 
     def _attend(self, visible: Tensor | None) -> Attend:
         """Attention over the cache; `visible` is bool [B, Q, K], None for causal rows with no cache before them."""
@@ -274,69 +286,74 @@ class HeadDrafter(_TreeDrafter):
 
         return attend
 
-    def _forward(self, tokens: Tensor, hidden: Tensor, positions: Tensor, visible: Tensor | None) -> Tensor:
-        """Recurrent features [B, Q, H]."""
-        return self.head(self.head.embed(self.embeddings(tokens)), hidden, positions, self._attend(visible))
+    def _run(
+        self, tokens: Tensor, hidden: Tensor, positions: Tensor, visible: Tensor | None, rows: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Logits [B, R, Vd] and recurrent features [B, R, H].
 
-    def propose(self, round: Round) -> Tree:
-        with self.packing.used():
-            return super().propose(round)
+        With `rows` [B, R], those wanted, `hidden` [B, Q, A*Ht] is what the target says of the `tokens` [B, Q], and masks
+        follow where there are more `positions` than tokens. Without, it is the head's own, [B, Q, H], and all are wanted.
+        """
+        embedding = self.head.embed(self.embeddings(tokens))
+        if rows is not None:
+            hidden = self.head.fuse(hidden.to(self.head.fc.weight.dtype))
+        if later := positions.shape[1] - tokens.shape[1]:
+            mask_embedding, mask_hidden = self.head.masks(len(tokens), later)
+            embedding, hidden = torch.cat([embedding, mask_embedding], 1), torch.cat([hidden, mask_hidden], 1)
+        out = self.head(embedding, hidden, positions, self._attend(visible))
+        out = out if rows is None else _pick(out, rows)
+        return self.head.logits(out), out
+
+    def _forward(
+        self, tokens: Tensor, hidden: Tensor, positions: Tensor, visible: Tensor | None, rows: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """`_run`, compiled where shapes are fixed and few."""
+        if not self.cache.whole:
+            with self.packing.used():
+                return self._run(tokens, hidden, positions, visible, rows)
+        run = self._compiled if positions.shape[1] <= SIZES[-1] else self._run
+        # Copied: a graph has its strides, and the state of the step before lies where this one may write.
+        hidden = hidden.clone(memory_format=torch.contiguous_format)
+        out = run(tokens, hidden, positions, visible, rows)
+        self.cache.advance(positions.shape[1])
+        return out
 
     def _extend(self, round: Round) -> tuple[Tensor, Tensor]:
-        """Run the head over the rows whose true features are new.
+        """Run the head over the rows whose true features are new; a `parallel` one drafts all levels in this pass.
 
         Worked example: 5 tokens decided, 4 of them through the target, all new: rows 0..3 pair feature p with token
-        p+1, and row 3 predicts token 5.
+        p+1, and row 3 predicts token 5. If 3 drafts are wanted of a `parallel` head, masks follow at positions 4 and 5,
+        and rows 3, 4, 5 predict tokens 5, 6, 7.
         """
-        batch, count = round.features.shape[:2]
-        fresh = torch.tensor(round.fresh, device=round.ids.device)
-        positions = (round.ends - 1 - fresh)[:, None] + torch.arange(count, device=round.ids.device)
-        tokens = round.ids.gather(1, (positions + 1).clamp(max=round.ids.shape[1] - 1))
-        hidden = self.head.fuse(round.features.to(self.head.fc.weight.dtype))
-        if self.head.config.kind == "parallel":
-            return self._extend_parallel(round, tokens, hidden, positions, fresh)
+        shape, features, device = round.shape, round.features, round.ids.device
+        later = shape.depth - 1 if self.head.config.kind == "parallel" else 0
+        if round.compiled and not any(self.cache.lengths):
+            widest = SIZES[-1] + max(shape.nodes, shape.top_k * max(shape.depth, LONGEST))
+            self.cache = self._caches.take(round.ids.shape[1] + widest)
+        if self.cache.whole:
+            wanted = bucket(max(features.shape[1], shape.depth + shape.copied + 1))
+            features = pad(features, (0, 0, 0, wanted - features.shape[1]))
+        batch, count = features.shape[:2]
+        fresh, new = to_device(round.fresh, device)[:, None], torch.arange(count + later, device=device)
+        positions = round.ends[:, None] - 1 + torch.where(new < count, new - fresh, new - count)
+        tokens = round.ids.gather(1, (positions[:, :count] + 1).clamp(max=round.ids.shape[1] - 1))
         visible = None
-        if any(self.cache.lengths):
-            visible = self.cache.visible(causal(count, batch, tokens.device), count)
-        out = self._forward(tokens, hidden, positions, visible)
+        if later or any(self.cache.lengths):
+            seen = (new[:, None] >= new).expand(batch, -1, -1)
+            real = (new < fresh) | (new >= count)  # rows of features differ in number
+            visible = self.cache.visible(seen & (real[:, None] | (new[:, None] < count)), count + later)
+        rows = torch.cat([fresh - 1, new[count:].expand(batch, -1)], 1)
+        logits, state = self._forward(tokens, features, positions, visible, rows)
         self.cache.commit_first(round.fresh)
-        last = _pick(out, fresh[:, None] - 1)[:, 0]
-        return self.head.logits(last), last
-
-    def _extend_parallel(
-        self, round: Round, tokens: Tensor, hidden: Tensor, positions: Tensor, fresh: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """As `_extend`, with the masks of all later drafts in the same pass; their logits wait in `_ahead`, [B, K, Vd].
-
-        Worked example: rows 0..3 hold features, and 3 drafts are wanted: masks follow at positions 4 and 5, and rows 3,
-        4, 5 predict tokens 5, 6, 7.
-        """
-        batch, count = tokens.shape
-        later = round.shape.depth - 1
-        mask_embedding, mask_hidden = self.head.masks(batch, later)
-        steps = torch.arange(later, device=tokens.device)
-        embedding = torch.cat([self.head.embed(self.embeddings(tokens)), mask_embedding], 1)
-        seen = causal(count + later, batch, tokens.device).clone()
-        real = torch.arange(count, device=tokens.device) < fresh[:, None]  # rows of features differ in number
-        seen[:, count:, :count] = real[:, None]
-        out = self.head(
-            embedding,
-            torch.cat([hidden, mask_hidden], 1),
-            torch.cat([positions, (round.ends - 1)[:, None] + steps], 1),
-            self._attend(self.cache.visible(seen, count + later)),
-        )
-        self.cache.commit_first(round.fresh)
-        last = _pick(out, fresh[:, None] - 1)
-        self._ahead = self.head.logits(torch.cat([last, out[:, count:]], 1))
-        return self._ahead[:, 0], last[:, 0]
+        self.cache.whole = round.compiled
+        self._ahead = logits  # [B, 1 + later, Vd]
+        return logits[:, 0], state[:, 0]
 
     def _step(self, tokens: Tensor, state: Tensor, depth: int, round: Round, seen: Tensor) -> tuple[Tensor, Tensor]:
         if self.head.config.kind == "parallel":  # the same for every draft of a depth
             return self._ahead[:, depth, None].expand(-1, tokens.shape[1], -1), state
         positions = (round.ends - 2 + depth)[:, None].expand_as(tokens)
-        visible = self.cache.visible(seen, tokens.shape[1])
-        hidden = self._forward(tokens, state, positions, visible)
-        return self.head.logits(hidden), hidden
+        return self._forward(tokens, state, positions, self.cache.visible(seen, tokens.shape[1]))
 
 
 class ModelDrafter(_TreeDrafter):
@@ -376,7 +393,7 @@ class ModelDrafter(_TreeDrafter):
             visible = self.cache.visible(causal(len(new), len(tokens), tokens.device), len(new))
         logits = self._logits(tokens, positions, visible)
         self.cache.commit_first(fresh)
-        last = torch.tensor(fresh, device=logits.device)[:, None] - 1
+        last = to_device(fresh, logits.device)[:, None] - 1
         return _pick(logits, last)[:, 0], logits.new_zeros(len(logits), 0)
 
     def _step(self, tokens: Tensor, state: Tensor, depth: int, round: Round, seen: Tensor) -> tuple[Tensor, Tensor]:
@@ -386,7 +403,7 @@ class ModelDrafter(_TreeDrafter):
 
 def last_tokens(ids: Tensor, lengths: Sequence[int]) -> Tensor:
     """The last of the first `lengths[b]` tokens of each row of ids [B, S], [B]."""
-    return ids.gather(1, torch.tensor(lengths, device=ids.device)[:, None] - 1)[:, 0]
+    return ids.gather(1, to_device(lengths, ids.device)[:, None] - 1)[:, 0]
 
 
 def _log_softmax(logits: Tensor) -> Tensor:

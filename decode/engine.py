@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from slipstream.configs.errors import SlipstreamError
-from slipstream.decode.cache import TreeCache, fixed_capacity
+from slipstream.decode.cache import FixedCaches, TreeCache
 from slipstream.decode.drafters import Drafter, NoDrafter, Round, last_tokens
 from slipstream.decode.policy import Policy
 from slipstream.decode.processors import TreeProcessors, check_config, make_config, make_processors
-from slipstream.decode.speculation import SIZES
+from slipstream.decode.speculation import SIZES, bucket
 from slipstream.decode.stats import Stats
+from slipstream.decode.transfer import to_device
 from slipstream.decode.tree import Tree, root_only
 from slipstream.decode.verify import Spent, Token, Verdict, Verifier, verify
 
@@ -79,13 +80,13 @@ class _Batch:
         """Append each row's new tokens."""
         for row, tokens in enumerate(new):
             start = self.lengths[row]
-            self.ids[row, start : start + len(tokens)] = torch.tensor([token.id for token in tokens])
+            self.ids[row, start : start + len(tokens)] = to_device([token.id for token in tokens], self.ids.device)
             self.lengths[row] += len(tokens)
             self.room[row] -= len(tokens)
 
     def keep(self, rows: Sequence[int]) -> None:
         """Only these rows go on."""
-        self.ids = self.ids[torch.tensor(rows, device=self.ids.device)]
+        self.ids = self.ids[to_device(rows, self.ids.device)]
         for name in ("places", "lengths", "prompts", "room"):
             setattr(self, name, [getattr(self, name)[row] for row in rows])
 
@@ -103,6 +104,7 @@ class Decoder:
         self.target = target
         self.drafter = drafter or NoDrafter()
         self.policy = policy or Policy()
+        self._caches = FixedCaches(target.config.num_hidden_layers, target.device)
 
     def generate(
         self,
@@ -335,8 +337,9 @@ class Decoder:
         drafter.begin(len(batch.places))
         whole = target.compiled and len(batch.places) == 1
         widest = max(SIZES[-1], self.policy.tree.size)  # trees are padded to these sizes, and schedules may grow them
-        capacity = fixed_capacity(batch.ids.shape[1] + widest) if whole else 0
-        cache = TreeCache(target.config.num_hidden_layers, len(batch.places), batch.ids.device, capacity)
+        cache = TreeCache(target.config.num_hidden_layers, len(batch.places), batch.ids.device)
+        if whole:
+            cache = self._caches.take(batch.ids.shape[1] + widest)
         features, logits = self._prefill(batch, cache)
         cache.whole = whole
         fresh = list(batch.lengths)
@@ -363,7 +366,7 @@ class Decoder:
                 batch.keep(going)
                 cache.keep(going)
                 drafter.keep(going)
-                features, fresh = features[torch.tensor(going, device=features.device)], [fresh[row] for row in going]
+                features, fresh = features[to_device(going, features.device)], [fresh[row] for row in going]
             clock = time.perf_counter()
             shape = controller.shape()
             if shape is None:
@@ -382,10 +385,12 @@ class Decoder:
                         generators=[request.generators[place] for place in batch.places],
                         enough=controller.enough,
                         filler=min(request.stops, default=0),
+                        compiled=whole,
                     )
                 )
                 features, fresh = features[:, :0], [0] * len(going)
-                tree = _static(tree, shape.size) if whole and tree.nodes > 1 else tree
+                if whole and tree.nodes > 1:
+                    tree = tree.padded(bucket(max(shape.size, tree.nodes)))
             drafted = time.perf_counter()
             plain = tree.nodes == 1 and cache.rows.even and not whole
             out = target.forward(
@@ -415,7 +420,7 @@ def _append(
     counts = [n + len(path) for n, path in zip(fresh, paths, strict=True)]
     behind, width = features.shape[1], max(counts)
     index = [[*range(n), *(behind + node for node in path)] for n, path in zip(fresh, paths, strict=True)]
-    padded = torch.tensor([line + [0] * (width - len(line)) for line in index], device=new.device)
+    padded = to_device([line + [0] * (width - len(line)) for line in index], new.device)
     joined = torch.cat([features, new], 1) if behind else new
     return joined.gather(1, padded[:, :, None].expand(-1, -1, new.shape[-1])), counts
 
@@ -433,12 +438,6 @@ def _cut(request: _Request, batch: _Batch, row: int, tokens: list[Token]) -> tup
         if over:
             return tokens[: i + 1], True
     return tokens[:room], len(tokens) >= room
-
-
-def _static(tree: Tree, size: int) -> Tree:
-    """A tree filled up to one of few sizes, and to `size` at least."""
-    size = max(size, tree.nodes)
-    return tree.padded(next((n for n in SIZES if n >= size), size))
 
 
 def _padded(input_ids: Tensor, rows: list[list[Token]], pad: int | None, stops: list[int]) -> Tensor:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from slipstream.decode.draws import draw, uniforms
 from slipstream.decode.signals import fires
+from slipstream.decode.transfer import to_device
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -60,7 +61,7 @@ def admit(
         hits = torch.zeros_like(tree.parents).scatter_add(1, tree.parents[:, 1:], exact[:, 1:].long())
         relaxed = (hits == 0).gather(1, tree.parents) & _passes(verifier, tree, evidence, processed, generators)
         if never_relax is not None and len(never_relax):
-            relaxed &= ~torch.isin(tree.tokens, never_relax) & ~torch.isin(above, never_relax)
+            relaxed &= ~_among(tree.tokens, never_relax) & ~_among(above, never_relax)
         relaxed[:, 0] = False
     lines = tree.ancestors
     reached = ~(lines & ~(exact | relaxed)[:, None]).any(-1)
@@ -69,7 +70,7 @@ def admit(
         regrets = (evidence.top.gather(1, tree.parents) - evidence.own).double().masked_fill(~relaxed, 0.0)
         count = (lines.double() @ relaxed.double()[:, :, None])[..., 0]
         cost = (lines.double() @ regrets[:, :, None])[..., 0]
-        used = torch.tensor([[s.relaxed, s.regret] for s in spent], dtype=torch.float64, device=lines.device)
+        used = to_device([[s.relaxed, s.regret] for s in spent], lines.device, torch.float64)
         reached &= (count <= verifier.per_round) & (count + used[:, :1] <= verifier.per_request)
         reached &= (cost + used[:, 1:] <= verifier.regret) | (count == 0)
         for value in (depths, -count, -cost):
@@ -81,6 +82,11 @@ def admit(
     order = torch.arange(tree.nodes, 0, -1, device=reached.device)
     leaf = (reached * order).max(1).indices  # the first of those left
     return Choice(leaf, decided.gather(1, leaf[:, None])[:, 0], relaxed)
+
+
+def _among(tokens: Tensor, some: Tensor) -> Tensor:
+    """Which tokens [B, N] are among some [S]; `torch.isin` waits for the card where there are many."""
+    return (tokens[..., None] == some).any(-1)
 
 
 def _passes(

@@ -27,9 +27,16 @@ SCHEDULES = {"fixed": 0.0, "heuristic": 0.0, "confidence": 0.4, "entropy": 0.3, 
 SIZES = (1, 4, 8, 12, 16, 24, 32, 48, 64)
 """Nodes of a tree where few different sizes shall occur: in compiled decoding each has a graph of its own."""
 
-_LONGEST = 20  # drafts in a row, whatever a schedule wants
+LONGEST = 20
+"""Drafts in a row, whatever a schedule wants."""
+
 _EXPLORE = 16  # rounds between looks at the whole tree, under `cost`
 _KEEP = 0.9  # weight of the past in exponential averages
+
+
+def bucket(size: int) -> int:
+    """The least of `SIZES` that is not below `size`; beyond them, `size` itself."""
+    return next((n for n in SIZES if n >= size), size)
 
 
 @dataclass(frozen=True)
@@ -112,7 +119,7 @@ class Heuristic(Controller):
     def observe(self, tree: Tree, paths: Sequence[Sequence[int]], drafting: float, verifying: float) -> None:
         own = min(self.shape().depth, tree.levels)  # copies may reach deeper
         full = all(len(path) > own for path in paths)
-        self.depth = min(_LONGEST, self.depth + 2) if full else max(1, self.depth - 1)
+        self.depth = min(LONGEST, self.depth + 2) if full else max(1, self.depth - 1)
 
 
 class Confidence(Controller):

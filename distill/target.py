@@ -20,6 +20,7 @@ from slipstream.configs.files import folder_atomic
 from slipstream.configs.suggest import near
 from slipstream.data.template import encode_prompt, thinking
 from slipstream.distill import blocks
+from slipstream.distill.compilation import compile_static
 from slipstream.distill.packing import Packing, pack
 
 if TYPE_CHECKING:
@@ -247,14 +248,9 @@ class Target:
         """Let forwards over a cache of fixed size run through `torch.compile`: one graph per number of tokens.
 
         Each takes some 40 seconds on two cores the first time; inductor keeps the result on disk. Needs a C++ compiler on
-        a CPU.
+        a CPU. What such a forward returns is good until the next one.
         """
-        # The weights are frozen here: guarding each module on every call would cost a tenth of a small forward.
-        # Freezing packs them as distill/packing.py does; inductor does it outside inference mode only.
-        options: dict[str, Any] = {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
-        if self.device.type == "cpu":
-            options["freezing"] = True
-        self._compiled = torch.compile(self._run, dynamic=False, options=options)
+        self._compiled = compile_static(self._run, self.device)
         self.compiled = True
 
     def _run(

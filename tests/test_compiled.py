@@ -1,0 +1,228 @@
+"""Compiled decoding without inductor (test_target.py and test_gpu.py have that): shapes, addresses, who waits for a card."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+import torch
+from tiny import HEADS, VOCAB, greedy, tiny_head, tiny_target
+from torch._dynamo.backends.common import aot_autograd
+from torch._guards import TracingContext
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from slipstream.decode.cache import TreeCache, causal
+from slipstream.decode.drafters import HeadDrafter
+from slipstream.decode.engine import Decoder, Generation
+from slipstream.decode.policy import Policy
+from slipstream.decode.speculation import Speculation
+from slipstream.decode.tree import TreeShape
+from slipstream.decode.verify import Verifier
+from slipstream.distill.compilation import compile_static
+from slipstream.distill.target import Target
+
+TREES = {  # of sizes that need no filling, unless nothing is copied: a token that fills up may be accepted
+    "eagle-2": TreeShape(3, 3, 8),
+    "chain": TreeShape.chain(3),
+    "fixed": TreeShape.fixed((1, 3, 1)),
+    "with copies": TreeShape(2, 2, 5, copied=3),
+}
+ANYTHING = Verifier("mars", "margin", 1e9, rank=VOCAB)  # the deepest path passes, so that fresh tokens vary in number
+
+
+@pytest.fixture
+def shapes(monkeypatch) -> dict[str, list[tuple]]:
+    """Shapes of all calls of what is said to be compiled, by the kind of function; it runs as it is."""
+    seen: dict[str, list[tuple]] = {"Target": [], "HeadDrafter": []}
+
+    def compile(function, **given):
+        def called(*args):
+            seen[type(function.__self__).__name__].append(tuple(x.shape for x in args if isinstance(x, torch.Tensor)))
+            return function(*args)
+
+        return called
+
+    monkeypatch.setattr(torch, "compile", compile)
+    return seen
+
+
+@pytest.fixture
+def traced(monkeypatch):
+    """`torch.compile` with a backend that leaves the graphs, which are kept here, to torch."""
+    graphs, real = [], torch.compile
+
+    def keep(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", lambda function, **given: real(function, dynamic=False, backend=keep))
+    torch._dynamo.reset()
+    return graphs
+
+
+def prompt(tokens: int = 9) -> torch.Tensor:
+    return torch.randint(3, VOCAB, (1, tokens), generator=torch.Generator().manual_seed(0))
+
+
+def headed(kind: str = "eagle3") -> tuple[Target, HeadDrafter]:
+    target = tiny_target("qwen3", num_hidden_layers=3)
+    target = target.reading([3]) if HEADS[kind].get("kind") == "eagle1" else target
+    return target, HeadDrafter(tiny_head(target, **HEADS[kind]), target)
+
+
+def tagged(out: Generation) -> list[tuple[int, str]]:
+    """Tokens and tags but those of the last rounds, whose eager trees are no deeper than the text may grow."""
+    return [(token.id, token.tag) for token in out.tokens[:25]]
+
+
+@pytest.mark.parametrize("kind", HEADS)
+@pytest.mark.parametrize("tree", TREES)
+def test_static_shapes_change_no_token(shapes, kind, tree):
+    target, drafter = headed(kind)
+    decoder = Decoder(target, drafter, Policy(tree=TREES[tree]))
+    eager = {rule: decoder.generate(prompt(), max_new_tokens=30, verify=rule) for rule in ("exact", ANYTHING)}
+    target.compile()
+    static = {rule: decoder.generate(prompt(), max_new_tokens=30, verify=rule) for rule in eager}
+    assert static["exact"].sequences.tolist() == greedy(target, prompt(), 30).tolist()
+    if not TREES[tree].copied:
+        assert list(map(tagged, static.values())) == list(map(tagged, eager.values()))
+    assert max(static[ANYTHING].stats.accept_lengths) >= 3 > min(static["exact"].stats.accept_lengths)
+    assert len(set(shapes["Target"])) == 1
+    steps = 0 if HEADS[kind].get("kind") == "parallel" else 2 if tree == "fixed" else 1
+    assert len(set(shapes["HeadDrafter"])) == 1 + steps
+
+
+@pytest.mark.parametrize("schedule", ["heuristic", "confidence", "cost"])
+def test_schedules_keep_to_few_shapes(shapes, schedule):
+    target, drafter = headed()
+    policy = Policy(tree=TreeShape(3, 3, 12), speculation=Speculation(schedule))
+    target.compile()
+    out = Decoder(target, drafter, policy).generate(prompt(), max_new_tokens=60)
+    assert out.sequences.tolist() == greedy(target, prompt(), 60).tolist()
+    assert len(set(shapes["HeadDrafter"])) <= 4
+    assert len({ids for ids, *_ in shapes["Target"]}) <= 5
+
+
+def test_a_request_after_another_uses_the_same_buffers(shapes):
+    target, drafter = headed()
+    target.compile()
+    decoder = Decoder(target, drafter, Policy(tree=TREES["eagle-2"]))
+    first = decoder.generate(prompt(), max_new_tokens=30).sequences.tolist()
+    buffers = [*decoder._caches._caches.values(), *drafter._caches._caches.values()]
+    addresses = [(x.rows.tensor.data_ptr(), x.layers[0].keys.data_ptr()) for x in buffers]
+    buffers[0].layers[0].values.fill_(torch.nan)
+    decoder.generate(prompt(12), max_new_tokens=20)
+    assert decoder.generate(prompt(), max_new_tokens=30).sequences.tolist() == first
+    assert [(x.rows.tensor.data_ptr(), x.layers[0].keys.data_ptr()) for x in buffers] == addresses
+    assert buffers == [*decoder._caches._caches.values(), *drafter._caches._caches.values()]
+
+
+def test_a_draft_that_slept_takes_in_what_it_missed(shapes):
+    target, drafter = headed()
+    shape = TREES["eagle-2"]
+    awake = [True, *[False] * 70, True, True]
+
+    class Sleepy(Speculation):
+        def controller(self, given, target):
+            controller = super().controller(given, target)
+            left = iter(awake)
+            controller.shape = lambda: shape if next(left) else None
+            return controller
+
+    decoder = Decoder(target, drafter, Policy(tree=shape, speculation=Sleepy()))
+    eager = decoder.generate(prompt(), max_new_tokens=74)
+    target.compile()
+    assert tagged(decoder.generate(prompt(), max_new_tokens=74)) == tagged(eager)
+
+
+def test_graphs_are_kept_for_the_next_requests(traced):
+    target, drafter = headed()
+    target.compile()
+    decoder = Decoder(target, drafter, Policy(tree=TREES["eagle-2"]))
+    out = decoder.generate(prompt(), max_new_tokens=30)
+    assert out.sequences.tolist() == greedy(target, prompt(), 30).tolist()
+    assert len(traced) == 3  # the target's, and the head's with target features and without
+    out = decoder.generate(prompt(17), max_new_tokens=40, verify=ANYTHING)
+    assert len(out.rows[0]) == 40
+    assert len(traced) == 3
+
+
+def test_what_a_graph_writes_to_stays_where_it_is(monkeypatch):
+    """inductor's condition for CUDA graphs: each input that is written to is a static one."""
+    real, found = torch.compile, []
+
+    def look(graph, inputs):
+        meta = TracingContext.get().fw_metadata
+        written = {i for i, info in enumerate(meta.input_info) if info.mutates_data}
+        found.append((written, set(meta.static_input_indices)))
+        return graph.forward
+
+    backend = aot_autograd(fw_compiler=look, inference_compiler=look, keep_inference_input_mutations=True)
+    monkeypatch.setattr(torch, "compile", lambda function, **given: real(function, dynamic=False, backend=backend))
+    torch._dynamo.reset()
+    target, _ = headed()
+    target.compile()
+    cache = TreeCache(3, 1, "cpu", 256)
+    target.forward(prompt(), cache=cache)
+    cache.commit_first([9])
+    cache.whole = True
+    cache.mark_static()
+    visible = cache.visible(causal(4, 1, torch.device("cpu")), 4)
+    positions = torch.arange(9, 13)[None]
+    target.forward(prompt(4), position_ids=positions, visible=visible, cache=cache, compiled=True)
+    ((written, static),) = found
+    assert len(written) == 2 * 3  # keys and values
+    assert written <= static
+
+
+def test_every_shape_is_compiled_however_many_there_are(traced):
+    double = compile_static(lambda x: x + x, torch.device("cpu"))
+    for size in range(2, 14):
+        assert double(torch.ones(size)).sum() == 2 * size
+    assert len(traced) == 12
+
+
+class Reads(TorchDispatchMode):
+    """Counts what makes the host wait for a card: reading a number, or a size that depends on numbers."""
+
+    WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "isin")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        name = operator._schema.name.removeprefix("aten::")
+        by_mask = name == "index" and any(x is not None and x.dtype == torch.bool for x in args[1])
+        self.count += name in self.WAITING or by_mask
+        return operator(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("verify", ["exact", Verifier("mars", "margin", 3.0, regret=5.0)])
+@pytest.mark.parametrize("kind", ["eagle3", "eagle1", "parallel"])
+def test_a_round_waits_once_for_the_card(shapes, monkeypatch, kind, verify, compiled):
+    target, drafter = headed(kind)
+    target.tokenizer = None
+    if compiled:
+        target.compile()
+    decoder = Decoder(target, drafter, Policy(tree=TreeShape(3, 3, 10)))
+    reads, counts, lists, make = Reads(), [], torch.Tensor.tolist, torch.tensor
+
+    def tolist(self):
+        reads.count += 1
+        return lists(self)
+
+    def tensor(*args, device=None, **kwargs):  # with a device, a copy that is waited for
+        reads.count += device is not None
+        return make(*args, **kwargs)
+
+    monkeypatch.setattr(torch.Tensor, "tolist", tolist)
+    monkeypatch.setattr(torch, "tensor", tensor)
+    with reads:
+        out = decoder.generate(
+            prompt(), max_new_tokens=30, verify=verify, on_tokens=lambda _: counts.append(reads.count)
+        )
+    rounds = [after - before for before, after in pairwise(counts)]
+    assert len(rounds) == len(out.stats.accept_lengths) >= 5
+    assert set(rounds) == {1}
