@@ -1,4 +1,4 @@
-"""The table of benchmarks/decode.py on a card, with larger batches; under ten minutes.
+"""What a card does: the table of benchmarks/decode.py, larger batches, and a training step; meant to take under ten minutes.
 
 python benchmarks/gpu.py --draft runs/quickstart/draft
 """
@@ -13,23 +13,29 @@ import torch
 from jsonargparse import auto_cli
 
 
-def main(draft: str, target: str = "smollm2-135m-instruct", compiled: bool = False, limit: int = 20) -> None:
-    """Decode the held-out prompts on the first CUDA device, then in batches of 4 and 10.
+def commands(draft: str, target: str, compiled: bool, limit: int) -> list[list[str]]:
+    """The scripts beside this one, with their options."""
+    shared = ["--draft", draft, "--target", target, "--device", "cuda"]
+    decoding = ["decode.py", *shared, "--limit", str(limit), "--compiled", str(compiled).lower()]
+    batches = [["batch.py", *shared, "--prompts", str(limit), "--batch", str(size)] for size in (4, 10)]
+    step = ["train.py", "--device", "cuda", "--lengths", "[2048]", "--random", "llama-8b", "--random_length", "2048"]
+    return [decoding, *batches, step]
+
+
+def main(draft: str, target: str = "smollm2-135m-instruct", compiled: bool = True, limit: int = 10) -> None:
+    """Decode the held-out prompts on the first CUDA device, then in batches of 4 and 10; train at length 2048.
 
     Args:
         draft: A head's folder.
-        target: The target model.
-        compiled: Also with a compiled target.
+        target: The target model of decoding; a step is measured on SmolLM2 and a random Llama-3.1-8B.
+        compiled: Also with target and head compiled, as CUDA graphs.
         limit: Prompts.
     """
     if not torch.cuda.is_available():
-        sys.exit("benchmarks/gpu.py needs a CUDA device; benchmarks/decode.py runs on a CPU")
+        sys.exit("benchmarks/gpu.py needs a CUDA device; benchmarks/decode.py and train.py run on a CPU")
     print(torch.cuda.get_device_name(0), flush=True)
-    shared = ["--draft", draft, "--target", target, "--device", "cuda"]
-    runs = [["decode.py", "--limit", str(limit), "--compiled", str(compiled).lower()]]
-    runs += [["batch.py", "--prompts", str(limit), "--batch", str(size)] for size in (4, 10)]
-    for script, *options in runs:
-        subprocess.run([sys.executable, str(Path(__file__).with_name(script)), *shared, *options], check=True)
+    for script, *options in commands(draft, target, compiled, limit):
+        subprocess.run([sys.executable, str(Path(__file__).with_name(script)), *options], check=True)
 
 
 if __name__ == "__main__":

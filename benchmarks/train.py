@@ -1,6 +1,7 @@
 """One training step, ours against a plain implementation of the papers': tokens per second and peak memory.
 
     python benchmarks/train.py
+    python benchmarks/train.py --device cuda --lengths "[2048]" --random llama-8b --random_length 2048
 
 The plain one computes the target's logits everywhere, keeps the draft's logits of all unroll steps, attends densely
 ([B, heads, L, L + k] scores that autograd holds) and takes a mean over the mask. Each measurement is a process of its own.
@@ -18,7 +19,7 @@ from pathlib import Path
 import torch
 from jsonargparse import auto_cli
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from slipstream.configs.recipe import DistillSettings, HeadSettings
 from slipstream.distill.draft import DraftHead
@@ -27,15 +28,29 @@ from slipstream.distill.target import Target, load_target
 from slipstream.distill.unroll import Distillation, labelled_rows
 
 STEPS = 3
+SHAPES = {  # of Llamas with random weights and the vocabulary of Llama 3: a small one, and Llama 3.1 itself
+    "wide": {
+        "hidden_size": 512,
+        "intermediate_size": 1024,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+    },
+    "llama-8b": {
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+    },
+}
 
 
-def wide_target() -> Target:
-    """A small random Llama with the vocabulary of Llama 3."""
-    config = LlamaConfig(
-        vocab_size=128256, hidden_size=512, intermediate_size=1024, num_hidden_layers=4, num_attention_heads=8,
-        num_key_value_heads=4, max_position_embeddings=8192,
-    )  # fmt: skip
-    return Target(LlamaForCausalLM(config).to(torch.bfloat16), name="wide")
+def random_target(name: str, device: str) -> Target:
+    """A target of one of the `SHAPES`."""
+    config = LlamaConfig(**{"vocab_size": 128256, "max_position_embeddings": 8192, **SHAPES[name]})
+    with torch.device(device):  # where billions of random numbers are made soonest
+        return Target(AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16), name=name)
 
 
 def plain_loss(head: DraftHead, target: Target, ids: Tensor, mask: Tensor) -> Tensor:
@@ -44,7 +59,7 @@ def plain_loss(head: DraftHead, target: Target, ids: Tensor, mask: Tensor) -> Te
     teacher = torch.softmax(out.logits.float()[..., head.vocabulary()], -1)  # [B, L, Vd]
     keys: list[Tensor] = []
     values: list[Tensor] = []
-    future = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool).triu(1)
+    future = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool, device=ids.device).triu(1)
 
     def attend(query: Tensor, key: Tensor, value: Tensor, layer: int) -> Tensor:
         groups = query.shape[1] // key.shape[1]
@@ -58,49 +73,63 @@ def plain_loss(head: DraftHead, target: Target, ids: Tensor, mask: Tensor) -> Te
             out = out + weights[..., i, None] * v.float()
         return out
 
-    at = torch.arange(ids.shape[1])
+    at = torch.arange(ids.shape[1], device=ids.device)
     embedded = head.embed(target.embeddings(ids))
     hidden, logits = head.fuse(out.features.float()), []
     for step in range(STEPS):
         hidden = head(embedded.roll(-1 - step, 1), hidden, (at + step).expand(len(ids), -1), attend)
         logits.append(torch.log_softmax(head.logits(hidden).float(), -1))
-    loss = torch.zeros(())
+    loss = torch.zeros((), device=ids.device)
     for step, log_q in enumerate(logits):
         rows = -(teacher.roll(-1 - step, 1) * log_q).sum(-1)
         loss = loss + 0.8**step * (rows * mask.roll(-2 - step, 1)).sum() / mask.sum()
     return loss
 
 
-def _peak() -> int:
+def _peak(device: str) -> int:
     """Most memory held so far, kB."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated() // 1024
     lines = Path("/proc/self/status").read_text().splitlines()
     return int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
 
 
-def one(kind: str, case: str, length: int, rounds: int) -> None:
+def _forget_peak(device: str) -> None:
+    """Count from what is held now."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def one(kind: str, case: str, length: int, rounds: int, device: str) -> None:
     """One measurement, printed as JSON."""
-    target = load_target("smollm2-135m-instruct") if case == "smollm2" else wide_target()
-    vocabulary = torch.arange(8192 if case == "smollm2" else 32000)
-    head = new_head(target, vocabulary, HeadSettings(), seed=0).train()
+    small = case == "smollm2"
+    target = load_target("smollm2-135m-instruct", device=device) if small else random_target(case, device)
+    vocabulary = torch.arange(min(8192 if small else 32000, target.vocab_size))
+    head = new_head(target, vocabulary, HeadSettings(), seed=0).train().to(device)
     module = Distillation(head, target, DistillSettings(objectives={"forward_kl": 1.0}), autocast=True)
-    ids = torch.randint(100, 30000, (1, length), generator=torch.Generator().manual_seed(0))
+    last = min(30000, target.vocab_size)
+    ids = torch.randint(100, last, (1, length), generator=torch.Generator().manual_seed(0)).to(device)
     mask = torch.ones_like(ids, dtype=torch.bool)
     mask[:, : length // 5] = False  # prompts
-    scale = torch.tensor([0.8**k for k in range(STEPS)]) / labelled_rows(mask, STEPS).sum()
-    Path("/proc/self/clear_refs").write_text("5")  # forget the peak of loading
-    before = _peak()
+    scale = torch.tensor([0.8**k for k in range(STEPS)], device=device) / labelled_rows(mask, STEPS).sum()
+    _forget_peak(device)
+    before = _peak(device)
     seconds = []
     for _ in range(rounds):
         begun = time.perf_counter()
         if kind == "ours":
             loss, _ = module(ids, mask, scale, target.capture(ids))
         else:
-            with torch.autocast("cpu", torch.bfloat16):
+            with torch.autocast(device, torch.bfloat16):
                 loss = plain_loss(head, target, ids, mask)
         loss.backward()
         head.zero_grad()
+        if device == "cuda":
+            torch.cuda.synchronize()
         seconds.append(time.perf_counter() - begun)
-    peak = (_peak() - before) / 1024
+    peak = (_peak(device) - before) / 1024
     print(json.dumps({"tokens_per_second": length / statistics.median(seconds[1:]), "peak_mb": peak}))
 
 
@@ -109,28 +138,37 @@ def main(
     case: str = "smollm2",
     length: int = 1024,
     lengths: list[int] = [512, 1024, 2048, 4096],  # noqa: B006 (jsonargparse copies defaults)
+    random: str = "wide",
+    random_length: int = 1024,
     rounds: int = 4,
+    device: str = "cpu",
 ) -> None:
     """Print a Markdown table.
 
     Args:
         kind: `plain` or `ours`: one measurement only, as JSON; this script calls itself so.
-        case: Of that measurement, `smollm2` or `wide` (a vocabulary of 128k).
+        case: Of that measurement, `smollm2`, `wide` or `llama-8b`.
         length: And its length.
-        lengths: Tokens of the one conversation of a batch, for SmolLM2; the wide vocabulary is measured at 1024.
+        lengths: Tokens of the one conversation of a batch, for SmolLM2.
+        random: The other target, of random weights and a vocabulary of 128k: `wide`, or `llama-8b`, which wants a card.
+        random_length: Tokens of its one conversation.
         rounds: Steps; the first is not counted.
+        device: `cpu` or `cuda`, whose memory is then the one that counts.
     """
+    if device == "cuda" and not torch.cuda.is_available():
+        sys.exit("benchmarks/train.py --device cuda needs a CUDA device, and there is none")
     if kind is not None:
-        one(kind, case, length, rounds)
+        one(kind, case, length, rounds, device)
         return
     print(
         "| target | length | plain, tokens/s | ours, tokens/s | ratio | plain, peak MB above the models | ours | ratio |"
     )
     print("|---|--:|--:|--:|--:|--:|--:|--:|")
-    for name, tokens in [*(("smollm2", n) for n in lengths), ("wide", 1024)]:
+    for name, tokens in [*(("smollm2", n) for n in lengths), (random, random_length)]:
         speed, peak = {}, {}
         for which in ("plain", "ours"):
             options = ["--kind", which, "--case", name, "--length", str(tokens), "--rounds", str(rounds)]
+            options += ["--device", device]
             done = subprocess.run([sys.executable, __file__, *options], check=True, capture_output=True, text=True)
             got = json.loads(done.stdout.strip().splitlines()[-1])
             speed[which], peak[which] = got["tokens_per_second"], got["peak_mb"]

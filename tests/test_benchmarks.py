@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import sys
-from importlib import import_module
+from importlib import import_module, util
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -14,6 +15,7 @@ import pytest
 import torch
 from conftest import save_llama
 from datasets import Dataset
+from jsonargparse import auto_parser
 from test_tasks import write
 from tiny import tiny_head
 
@@ -276,3 +278,38 @@ def test_padding_is_a_share_of_what_is_computed(studies, monkeypatch):
     assert studies["padding"].padding(tokens, 6, 4) == 0  # rows of 1 together, rows of 3 in pairs
     alone, sorted_together = (studies["padding"].padding(tokens, 6, pool) for pool in (1, 2))
     assert 0 < sorted_together < alone < 1 / 3 + 1e-9  # a row of 3 beside one of 1
+
+
+def _script(name):
+    """A script that needs none of the others, under a name that is no package's."""
+    spec = util.spec_from_file_location(f"benchmarks_{name}", ROOT / "benchmarks" / f"{name}.py")
+    module = util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("kind", ["plain", "ours"])
+def test_a_training_step_is_measured(monkeypatch, capsys, kind):
+    train = _script("train")
+    tiny = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 48, "vocab_size": 512}
+    monkeypatch.setitem(train.SHAPES, "wide", {**tiny, "num_hidden_layers": 4, "num_key_value_heads": 2})
+    train.main(kind=kind, case="wide", length=40, rounds=2)
+    measured = json.loads(capsys.readouterr().out)
+    assert measured["tokens_per_second"] > 0
+    assert measured["peak_mb"] >= 0
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a card")
+def test_measurements_for_a_card_say_that_there_is_none():
+    with pytest.raises(SystemExit, match=r"gpu\.py needs a CUDA device"):
+        _script("gpu").main("head")
+    with pytest.raises(SystemExit, match=r"train\.py --device cuda needs a CUDA device"):
+        _script("train").main(device="cuda")
+
+
+def test_what_is_run_on_a_card_knows_its_options(studies):
+    commands = _script("gpu").commands("head", "target", compiled=True, limit=3)
+    assert [script for script, *_ in commands] == ["decode.py", "batch.py", "batch.py", "train.py"]
+    for script, *options in commands:  # `studies` lets decode.py find study.py
+        given = auto_parser(_script(Path(script).stem).main, as_positional=False).parse_args(options)
+        assert given.device == "cuda"

@@ -1,14 +1,19 @@
 """On a card: the same tokens as `generate` gives there, in fp32 without TF32."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from tiny import greedy, tiny_head, tiny_target
+from torch._dynamo.utils import counters
+from torch._inductor.cudagraph_trees import get_manager
 
 from slipstream.decode.drafters import HeadDrafter, NGramDrafter
 from slipstream.decode.engine import Decoder
 from slipstream.decode.policy import Policy
 from slipstream.decode.speculation import Speculation
 from slipstream.decode.tree import TreeShape
+from slipstream.decode.verify import Verifier
 from slipstream.distill.target import Target
 
 pytestmark = pytest.mark.gpu
@@ -36,3 +41,52 @@ def test_sampling_on_a_card_depends_on_nothing_but_the_seed():
         decoder.generate(prompt, max_new_tokens=20, temperature=1.0, seed=seed).sequences.tolist() for seed in (1, 1, 2)
     )
     assert first == again != other
+
+
+@pytest.mark.parametrize("kind", ["eagle3", "eagle1", "parallel"])
+def test_compiled_decoding_on_a_card_runs_as_cuda_graphs(kind):
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch._dynamo.reset()
+    counters.clear()
+    target = Target(tiny_target().model.cuda(), layer_ids=[4] if kind == "eagle1" else None)
+    decoder = Decoder(target, HeadDrafter(tiny_head(target, kind=kind).cuda(), target), Policy(tree=TreeShape(3, 3, 8)))
+    prompts = [torch.randint(3, 90, (1, n), generator=torch.Generator().manual_seed(n)).cuda() for n in (5, 9, 14, 30)]
+    anything = Verifier("mars", "margin", 1e9, rank=97)  # long paths, so that much is moved in the cache
+    eager = [decoder.generate(prompt, max_new_tokens=40, verify=anything).sequences.tolist() for prompt in prompts]
+    target.compile()
+    for prompt, relaxed in zip(prompts, eager, strict=True):  # warm-up, recording, replay
+        out = decoder.generate(prompt, max_new_tokens=40)
+        assert out.sequences.tolist() == greedy(target, prompt, 40).tolist()
+        assert decoder.generate(prompt, max_new_tokens=40, verify=anything).sequences.tolist() == relaxed
+    assert counters["inductor"]["cudagraph_skips"] == 0
+    manager = get_manager(0, create_if_none_exists=False)
+    assert manager is not None
+    functions = 2 if kind == "parallel" else 3  # the target, and the head with target features and without
+    assert len(manager.roots) == functions
+    assert all(len(nodes) == 1 for nodes in manager.roots.values())  # none was recorded again
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("verify", ["exact", Verifier("mars", "margin", 1.0)])
+def test_a_round_waits_once_for_the_card(compiled, verify, recwarn):
+    target = Target(tiny_target().model.cuda())
+    decoder = Decoder(target, HeadDrafter(tiny_head(target).cuda(), target), Policy(tree=TreeShape(3, 3, 8)))
+    if compiled:
+        target.compile()
+    prompt = torch.tensor([[5, 6, 7]]).cuda()
+    waits = []
+
+    def watch(tokens):
+        torch.cuda.set_sync_debug_mode("default")
+        waits.append(sum("synchronizing" in str(warning.message) for warning in recwarn))
+        torch.cuda.set_sync_debug_mode("warn")
+
+    for _ in range(3):  # compiling and recording wait as well
+        decoder.generate(prompt, max_new_tokens=30, verify=verify)
+    try:
+        out = decoder.generate(prompt, max_new_tokens=30, verify=verify, on_tokens=watch)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    rounds = [after - before for before, after in pairwise(waits)]
+    assert len(rounds) == len(out.stats.accept_lengths)
+    assert set(rounds) == {1}

@@ -98,6 +98,7 @@ def test_packed_weights_give_what_the_model_gives_and_leave_it_as_it_is(architec
     assert pack(target.model) is target._packing  # another user of the same model shares what is packed
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
 def test_compiled_decoding_gives_what_generate_gives():
     target = tiny_target()

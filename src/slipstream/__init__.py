@@ -55,8 +55,8 @@ def load(
             tokenizer (a folder or hub id, or loaded as a `Target`), or `none`.
         dtype: Of the target and the draft, where they are loaded here.
         device: Likewise.
-        compiled: Run single prompts through `torch.compile`d forwards of the target; each size of tree takes some 40
-            seconds to compile, once per machine.
+        compiled: Run single prompts through `torch.compile`d forwards of target and head, on a card as CUDA graphs; each
+            size of tree takes some 40 seconds to compile, once per machine.
 
     Raises:
         SlipstreamError: If something is missing, or the draft belongs to another target.

@@ -42,7 +42,7 @@ def generate(
         schedule: How the tree changes from round to round; default: as in the head's decode.json.
         think: Whether answers think before they speak, for templates with `enable_thinking`; default: as the head was
             trained.
-        compiled: Run the target through torch.compile: minutes at first, then faster on long texts.
+        compiled: Run target and head through torch.compile: minutes at first, then faster on long texts.
         quiet: Only the text: no colours, no line of statistics.
     """
     from dataclasses import replace
