@@ -155,8 +155,8 @@ class TreeCache(Cache):
     def mark_static(self) -> None:
         """Promise that what a compiled forward reads and writes here stays where it is.
 
-        inductor runs a function that writes to its inputs without CUDA graphs unless their addresses are static; the keys
-        and values are written to. Not on a CPU: what is static there is taken for a weight and frozen with the others.
+        inductor runs a function that writes to its inputs without CUDA graphs unless their addresses are static, as those of
+        keys and values are; the lengths are spared a copy.
         """
         buffers = [buffer for layer in self.layers for buffer in (layer.keys, layer.values)]
         for tensor in (self.rows.tensor, self.rows.behind, *buffers):

@@ -32,13 +32,20 @@ ANYTHING = Verifier("mars", "margin", 1e9, rank=VOCAB)  # the deepest path passe
 
 @pytest.fixture
 def shapes(monkeypatch) -> dict[str, list[tuple]]:
-    """Shapes of all calls of what is said to be compiled, by the kind of function; it runs as it is."""
+    """Shapes of all calls of what is said to be compiled, by whose function it is.
+
+    It runs as it is, but, as with CUDA graphs, every call spoils what the call before it returned.
+    """
     seen: dict[str, list[tuple]] = {"Target": [], "HeadDrafter": []}
+    last: list[torch.Tensor] = []
 
     def compile(function, **given):
         def called(*args):
             seen[type(function.__self__).__name__].append(tuple(x.shape for x in args if isinstance(x, torch.Tensor)))
-            return function(*args)
+            for spoilt in last:
+                spoilt.fill_(torch.nan)
+            last[:] = function(*args)
+            return tuple(last)
 
         return called
 
@@ -75,8 +82,10 @@ def tagged(out: Generation) -> list[tuple[int, str]]:
     return [(token.id, token.tag) for token in out.tokens[:25]]
 
 
-@pytest.mark.parametrize("kind", HEADS)
-@pytest.mark.parametrize("tree", TREES)
+@pytest.mark.parametrize(
+    ("kind", "tree"),
+    [*((kind, "eagle-2") for kind in HEADS), *(("eagle3", tree) for tree in TREES if tree != "eagle-2")],
+)
 def test_static_shapes_change_no_token(shapes, kind, tree):
     target, drafter = headed(kind)
     decoder = Decoder(target, drafter, Policy(tree=TREES[tree]))
@@ -200,10 +209,9 @@ class Reads(TorchDispatchMode):
 
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("verify", ["exact", Verifier("mars", "margin", 3.0, regret=5.0)])
-@pytest.mark.parametrize("kind", ["eagle3", "eagle1", "parallel"])
+@pytest.mark.parametrize("kind", ["eagle3", "parallel"])
 def test_a_round_waits_once_for_the_card(shapes, monkeypatch, kind, verify, compiled):
     target, drafter = headed(kind)
-    target.tokenizer = None
     if compiled:
         target.compile()
     decoder = Decoder(target, drafter, Policy(tree=TreeShape(3, 3, 10)))
