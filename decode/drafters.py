@@ -312,7 +312,7 @@ class HeadDrafter(_TreeDrafter):
             with self.packing.used():
                 return self._run(tokens, hidden, positions, visible, rows)
         run = self._compiled if positions.shape[1] <= SIZES[-1] else self._run
-        # Copied: a graph has its strides, and the state of the step before lies where this one may write.
+        # Copied: graphs are bound to strides, and the state of the step before lies where this one may write.
         hidden = hidden.clone(memory_format=torch.contiguous_format)
         out = run(tokens, hidden, positions, visible, rows)
         self.cache.advance(positions.shape[1])
