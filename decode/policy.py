@@ -12,6 +12,7 @@ from slipstream.configs.suggest import near
 from slipstream.decode.speculation import Speculation
 from slipstream.decode.tree import TreeShape
 from slipstream.decode.verify import Verifier
+from slipstream.distill.tensors import read_json
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -62,19 +63,22 @@ class Policy:
         """The policy in a head's folder, or the default where none was tuned.
 
         Raises:
-            SlipstreamError: If the file has an unknown key or value.
+            SlipstreamError: If the file cannot be read, or has an unknown key or value.
         """
         if not (folder / FILE).is_file():
             return cls()
-        data = json.loads((folder / FILE).read_text())
+        data = read_json(folder / FILE)
         known = [f.name for f in fields(cls)]
         for key in data:
             if key not in known:
                 raise SlipstreamError(f"{folder / FILE}: unknown key {key!r}{near(key, known)}")
-        return cls(
-            TreeShape(**data.get("tree", {})),
-            Verifier.from_dict(data.get("verify", {})),
-            Verifier.from_dict(data.get("relaxed", {"rule": "mars"})),
-            Speculation(**data.get("speculation", {})),
-            data.get("measured", {}),
-        )
+        try:
+            return cls(
+                TreeShape(**data.get("tree", {})),
+                Verifier.from_dict(data.get("verify", {})),
+                Verifier.from_dict(data.get("relaxed", {"rule": "mars"})),
+                Speculation(**data.get("speculation", {})),
+                data.get("measured", {}),
+            )
+        except (TypeError, SlipstreamError) as error:  # TypeError: no such setting, or a value of another type
+            raise SlipstreamError(f"{folder / FILE}: {error}") from error

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import align_module_device
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -18,7 +19,7 @@ from slipstream.configs.files import folder_atomic
 from slipstream.distill.draft import DraftConfig, DraftHead
 from slipstream.distill.hub import commit, fetch
 from slipstream.distill.store import weights_fingerprint
-from slipstream.distill.tensors import read_json
+from slipstream.distill.tensors import read_index, read_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -127,16 +128,20 @@ def check_head(folder: Path) -> None:
     """Make sure that a folder holds a draft head.
 
     Raises:
-        SlipstreamError: If it does not, or in a pickle only, which could run any code.
+        SlipstreamError: If it does not, or in a pickle, which could run any code, or in files outside the folder.
     """
     if not (folder / "config.json").is_file():
         raise SlipstreamError(f"{folder} holds no draft head: config.json is missing")
-    if json.loads((folder / "config.json").read_text()).get("model_type") != DraftConfig.model_type:
+    if read_json(folder / "config.json").get("model_type") != DraftConfig.model_type:
         raise SlipstreamError(f"{folder} holds no draft head of slipstream's; slipstream import reads other projects'")
     if not any(folder.glob("*.safetensors")):
         raise SlipstreamError(
             f"{folder} holds no draft head: model.safetensors is missing (pickled weights are not read)"
         )
+    index = folder / "model.safetensors.index.json"
+    for file in read_index(index).values() if index.is_file() else ():
+        if not file.endswith(".safetensors"):
+            raise SlipstreamError(f"{index} names {file!r}, which is no safetensors file; nothing was read")
 
 
 def load_head(
@@ -145,15 +150,23 @@ def load_head(
     """Read a head from its folder, or from the hub.
 
     Raises:
-        SlipstreamError: If there is none, its weights are no safetensors, or a tensor is missing, unexpected or unreadable.
+        SlipstreamError: If there is none, its weights are no safetensors, or a tensor is missing, unexpected, unreadable or of
+            another shape than config.json says.
     """
     path = locate(folder)
     check_head(path)
     try:
-        head, info = DraftHead.from_pretrained(path, dtype=dtype, use_safetensors=True, output_loading_info=True)
-    except (OSError, SafetensorError) as error:
-        raise SlipstreamError(f"draft head {str(folder)!r} cannot be read: {str(error).splitlines()[0]}") from error
-    for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        head, info = DraftHead.from_pretrained(
+            path, dtype=dtype, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True
+        )
+    except (OSError, SafetensorError, StrictDataclassError) as error:
+        why = " ".join(str(error).split())
+        raise SlipstreamError(f"draft head {str(folder)!r} cannot be read: {why}") from error
+    for name, shape, wanted in sorted(info["mismatched_keys"]):
+        raise SlipstreamError(
+            f"draft head {str(folder)!r}: {name} has shape {list(shape)}, config.json asks for {list(wanted)}"
+        )
+    for what in ("missing_keys", "unexpected_keys"):
         if info[what]:
             raise SlipstreamError(
                 f"draft head {str(folder)!r}: {what.replace('_', ' ')} {sorted(map(str, info[what]))}"

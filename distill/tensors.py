@@ -51,14 +51,25 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     raise SlipstreamError(f"{folder} holds no weights: neither {' nor '.join(_FILES)}, nor an index of shards")
 
 
-def _read_shards(index: Path) -> dict[str, Tensor]:
+def read_index(index: Path) -> dict[str, str]:
+    """Tensor names and the files they are in, by an index of shards.
+
+    Raises:
+        SlipstreamError: If it lists none, or a file that is not in its folder.
+    """
     listed = read_json(index).get("weight_map")
     if not isinstance(listed, dict) or not all(isinstance(file, str) for file in listed.values()):
         raise SlipstreamError(f"{index} has no weight_map of tensor names to files")
-    tensors: dict[str, Tensor] = {}
-    for file in sorted(set(listed.values())):
+    for file in listed.values():
         if file in ("", ".", "..") or "/" in file or "\\" in file:
             raise SlipstreamError(f"{index} names {file!r}, which is not a file beside it; nothing was read")
+    return listed
+
+
+def _read_shards(index: Path) -> dict[str, Tensor]:
+    listed = read_index(index)
+    tensors: dict[str, Tensor] = {}
+    for file in sorted(set(listed.values())):
         found = _read_file(index.parent / file)
         wanted = {name for name, place in listed.items() if place == file}
         for what, names in (("lacks", wanted - set(found)), ("holds unlisted", set(found) - wanted)):

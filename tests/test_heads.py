@@ -1,10 +1,14 @@
 """Every kind of head decodes what the target would, drafts as it was trained to, and survives its folder."""
 
+import json
+
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from test_formats import rewrite, shard, weights
 from tiny import ARCHITECTURES, HEADS, VOCAB, greedy, tiny_head, tiny_target
 
+from slipstream.cli import main
 from slipstream.configs.errors import SlipstreamError
 from slipstream.decode.drafters import HeadDrafter
 from slipstream.decode.engine import Decoder
@@ -80,3 +84,106 @@ def test_a_target_that_gives_other_layers_is_refused():
 def test_an_eagle1_head_of_another_width_is_refused():
     with pytest.raises(SlipstreamError, match="as wide as its target: 32, not 16"):
         tiny_head(tiny_target(), kind="eagle1", hidden_size=16)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    save_head(tiny_head(tiny_target()), tmp_path / "draft", {})
+    return tmp_path / "draft"
+
+
+@pytest.mark.parametrize("broken", ["missing", "extra"])
+def test_a_missing_and_an_unexpected_tensor_are_named(folder, broken):
+    tensors = weights(folder / "model.safetensors")
+    if broken == "missing":
+        del tensors["fc.weight"]
+        expected = r"missing keys \['fc.weight'\]"
+    else:
+        tensors["surplus.weight"] = torch.zeros(1)
+        expected = r"unexpected keys \['surplus.weight'\]"
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(SlipstreamError, match=expected):
+        load_head(folder)
+
+
+@pytest.mark.parametrize("keep", [0, 7, 1000, -1])
+def test_weights_cut_short_are_told_in_one_line(folder, keep, capsys):
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:keep])
+    with pytest.raises(SlipstreamError, match=r"^draft head '.*' cannot be read: [^\n]+$"):
+        load_head(folder)
+    assert main(["inspect", str(folder)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"slipstream: {file} cannot be read, it is damaged or cut short")
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"vocab_size": 120}, r"t2d has shape \[97\], config.json asks for \[120\]"),
+        ({"draft_vocab_size": 50}, r"d2t has shape \[64\], config.json asks for \[50\]"),
+        ({"hidden_size": 16}, r"fc.weight has shape \[32, 96\], config.json asks for \[16, 96\]"),
+    ],
+)
+def test_a_config_that_claims_another_vocabulary_or_width_is_refused(folder, changes, told, capsys):
+    rewrite(folder, **changes)
+    with pytest.raises(SlipstreamError, match=told):
+        load_head(folder)
+    assert main(["inspect", str(folder)]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("text", ["", "[1]", '{"a": ', "\udcff"])
+def test_a_config_or_policy_that_is_no_json_object_is_refused(folder, text):
+    for name, load in (("decode.json", Policy.load), ("config.json", load_head)):
+        (folder / name).write_bytes(text.encode("utf-8", "surrogateescape"))
+        with pytest.raises(SlipstreamError, match=rf"{name} (cannot be read|holds no JSON object)"):
+            load(folder)
+
+
+@pytest.mark.parametrize(
+    ("policy", "told"),
+    [
+        ({"trees": {}}, "unknown key 'trees'; did you mean 'tree'"),
+        ({"tree": {"dept": 3}}, "unexpected keyword argument 'dept'"),
+        ({"tree": [3]}, "must be a mapping"),
+        ({"tree": {"depth": 0}}, "tree depth must be at least 1, not 0"),
+        ({"verify": {"rule": "mar"}}, "unknown verification rule 'mar'; did you mean 'mars'"),
+        ({"speculation": {"threshold": "high"}}, "'str'"),
+    ],
+)
+def test_a_policy_with_an_unknown_key_or_value_is_refused_with_its_file(folder, policy, told):
+    (folder / "decode.json").write_text(json.dumps(policy))
+    with pytest.raises(SlipstreamError, match=rf"decode\.json: .*{told}"):
+        Policy.load(folder)
+
+
+def test_a_head_in_shards_is_the_same(folder):
+    whole = load_head(folder)
+    whole.save_pretrained(folder.parent / "shards", max_shard_size="8KB")
+    assert len(list(folder.parent.glob("shards/*.safetensors"))) > 1
+    again = load_head(folder.parent / "shards").state_dict()
+    assert {name: tensor.tolist() for name, tensor in again.items()} == {
+        name: tensor.tolist() for name, tensor in whole.state_dict().items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("place", "told"),
+    [
+        ("../elsewhere.safetensors", "is not a file beside it"),
+        ("/etc/passwd", "is not a file beside it"),
+        ("weights.bin", "is no safetensors file"),
+    ],
+)
+def test_shards_outside_the_folder_or_in_a_pickle_are_not_read(folder, place, told):
+    shard(folder)
+    index = folder / "model.safetensors.index.json"
+    listed = json.loads(index.read_text())["weight_map"]
+    second = {name for name, file in listed.items() if file.startswith("model-00002")}
+    tensors = load_file(folder / "model-00002-of-00002.safetensors")
+    save_file(tensors, folder.parent / "elsewhere.safetensors", metadata={"format": "pt"})
+    torch.save(tensors, folder / "weights.bin")
+    index.write_text(json.dumps({"weight_map": {**listed, **dict.fromkeys(second, place)}}))
+    with pytest.raises(SlipstreamError, match=f"{told}; nothing was read"):
+        load_head(folder)
