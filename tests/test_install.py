@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import subprocess
 import sys
+from importlib.metadata import metadata
+from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 import slipstream.doctor as doctor
 from slipstream.cli import main
@@ -45,6 +49,16 @@ def test_doctor_names_devices_and_places(table):
         name.split(":")[0] for name in table
     }
     assert table["hub"].endswith(", offline")
+
+
+def test_the_lower_bounds_on_the_page_are_those_of_the_package():
+    page = (Path(__file__).parent.parent / "docs" / "install.md").read_text(encoding="utf-8")
+    told = dict(re.findall(r"^\| (\S+) \| (\d[\d.]*) \|", page, re.MULTILINE))
+    package = metadata("slipstream")
+    bounds = {"Python": package["Requires-Python"]}
+    bounds |= {need.name: str(need.specifier) for need in map(Requirement, package.get_all("Requires-Dist"))}
+    assert {"Python", "torch", "transformers"} <= told.keys()
+    assert {name: bounds[name] for name in told} == {name: f">={bound}" for name, bound in told.items()}
 
 
 def test_a_report_without_matplotlib_names_the_extra(monkeypatch):
