@@ -105,6 +105,8 @@ def read_foreign(folder: Path, target: str | None = None) -> Foreign:
         config = _config(folder, stated, tensors, kind, target, notes)
     except StrictDataclassError as error:
         raise SlipstreamError(f"{folder}/config.json: {' '.join(str(error).split())}") from error
+    except KeyError as error:  # transformers 5.0 looks at the rope when a config is made, later ones in `_check`
+        raise SlipstreamError(f"{folder}/config.json: rope lacks or misnames {error}") from error
     _complete(folder, config, stated, tensors, target, notes)
     _check(folder, config, tensors)
     return Foreign(config, {key: value.contiguous() for key, value in tensors.items()}, name, tuple(notes))
@@ -144,7 +146,7 @@ def _config(
         notes.append("no target is named: the head will be used with any of its width and vocabulary")
     return DraftConfig(
         **sizes,
-        **{key: _stated_or(stated, key, notes) for key in _ASSUMED if key != "rope_theta"},
+        **{key: _stated_or(folder, stated, key, notes) for key in _ASSUMED if key != "rope_theta"},
         **{key: stated.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")},
         **{flag: bool(stated.get(flag)) for flag in VARIANTS},
         kind=kind,
@@ -152,7 +154,7 @@ def _config(
         num_key_value_heads=_size(folder, stated, "num_key_value_heads", rows["self_attn.k"] // head_dim),
         intermediate_size=_size(folder, stated, "intermediate_size", rows["mlp.gate"]),
         num_hidden_layers=_size(folder, stated, "num_hidden_layers", 1),
-        rope_parameters=_rope(stated, notes),
+        rope_parameters=_rope(folder, stated, notes),
         draft_vocab_size=_size(folder, stated if kind == "eagle3" else {}, "draft_vocab_size", sizes["vocab_size"]),
         target_hidden_size=sizes["hidden_size"],
         eagle_aux_hidden_state_layer_ids=_layer_ids(folder, stated, kind, theirs and theirs.num_hidden_layers, notes),
@@ -177,17 +179,21 @@ def _find(folder: Path, tensors: dict[str, Tensor], key: str) -> Tensor:
     return tensors[key]
 
 
-def _stated_or(stated: dict[str, Any], key: str, notes: list[str]) -> Any:
+def _stated_or(folder: Path, stated: dict[str, Any], key: str, notes: list[str]) -> Any:
+    assumed = _ASSUMED[key]
     if stated.get(key) is None:
-        notes.append(f"{key} is not stated: {_ASSUMED[key]}, which EAGLE, SGLang and vLLM take then")
-    return stated[key] if stated.get(key) is not None else _ASSUMED[key]
+        notes.append(f"{key} is not stated: {assumed}, which EAGLE, SGLang and vLLM take then")
+        return assumed
+    if isinstance(stated[key], str) != isinstance(assumed, str):  # transformers 5.0 takes either
+        raise SlipstreamError(f"{folder}/config.json: {key} must be like {assumed!r}, not {stated[key]!r}")
+    return stated[key]
 
 
-def _rope(stated: dict[str, Any], notes: list[str]) -> dict[str, Any]:
+def _rope(folder: Path, stated: dict[str, Any], notes: list[str]) -> dict[str, Any]:
     """Rope parameters from the spellings of transformers 4 and 5."""
     rope = dict(stated.get("rope_parameters") or stated.get("rope_scaling") or {})
     kind = rope.pop("type", "default")
-    theta = rope.get("rope_theta") or _stated_or(stated, "rope_theta", notes)
+    theta = rope.get("rope_theta") or _stated_or(folder, stated, "rope_theta", notes)
     return {"rope_type": kind, **rope, "rope_theta": float(theta)}
 
 
