@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
 KINDS = ("strict", "regret", "agreement", "task")
 
+NEARLY = 0.95
+"""Of the highest speed: what a longer acceptance length may cost at most."""
+
 
 @dataclass(frozen=True)
 class Budget:
@@ -70,7 +73,7 @@ class Budget:
         """The fastest point that was run and keeps to it; of those that cannot be told from it, the one that accepts most.
 
         Speeds of a few answers differ by chance. How many tokens a round gives does not, and where verifying is cheaper
-        than here it is what counts.
+        than here it is what counts. Nothing is taken that was slower by a twentieth.
 
         Raises:
             SlipstreamError: If there is none; the nearest is named.
@@ -78,7 +81,8 @@ class Budget:
         within = [point for point in ran if self.met(point)]
         if within:
             fastest = max(within, key=lambda point: point.speed)
-            return max((point for point in within if not point.slower(fastest)), key=lambda point: point.tau)
+            alike = [point for point in within if point.speed >= NEARLY * fastest.speed and not point.slower(fastest)]
+            return max(alike, key=lambda point: point.tau)
         relaxed = [point for point in ran if not point.rule.lossless]
         nearest = min(relaxed, key=lambda point: (self._loss(point), -point.speed))
         found = {

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from slipstream.configs.errors import SlipstreamError
 from slipstream.configs.progress import progress
-from slipstream.decode.budget import Point
+from slipstream.decode.budget import NEARLY, Point
 from slipstream.decode.costs import PROBES, measure_costs
 from slipstream.decode.engine import Decoder
 from slipstream.decode.evaluate import compare
@@ -68,7 +68,6 @@ COPIES = (3, 5, 8)
 
 _WIDELY = 16  # trees that all rules are tried on
 _RUNS = 3  # points that are run beside the fastest exact one
-_NEARLY = 0.95  # of the fastest: what speeds foreseen from a trace may be wrong by
 
 
 def tune(
@@ -236,7 +235,7 @@ def frontier(points: Sequence[Point]) -> list[Point]:
 def _longest(points: Sequence[Point]) -> TreeShape:
     """Of the trees that exact decoding should be nearly as fast with as with the fastest, the one that accepts most."""
     exact = [point for point in points if point.rule.lossless]
-    least = _NEARLY * max(point.speed for point in exact)
+    least = NEARLY * max(point.speed for point in exact)
     return max((point for point in exact if point.speed >= least), key=lambda point: point.tau).shape
 
 

@@ -106,6 +106,9 @@ def test_of_points_as_fast_as_the_fastest_the_one_that_accepts_most_is_chosen():
     slower = ran([1.04, 1.15, 0.95, 1.05], 2.5)  # by a twentieth, on every prompt
     assert Budget("regret", 0.02).choose([fastest, slower, alike]) is alike
     assert Budget("regret", 0.02).choose([fastest, slower]) is fastest
+    erratic = ran([0.7, 1.7, 0.7, 1.2], 2.5)  # nobody can say, but its pooled speed is a fourteenth lower
+    assert not erratic.slower(fastest)
+    assert Budget("regret", 0.02).choose([fastest, erratic]) is fastest
 
 
 def test_a_point_says_what_it_is():

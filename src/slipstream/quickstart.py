@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 _DISK_MB = 500
 _PROBE = 6  # batches that are timed
-_SLOWER = 1.1  # a step of the training, against one on the few batches that are timed and lie in caches
+_SLOWER = 1.2  # a step of the training, against those timed, whose few batches lie in caches: 1.19 and 1.23 were seen
 _CAPTURE_SHARE = 0.3  # of the training, spent in the target
 _FEATURE_BYTES = 2.5e9
 _SMOKE_MINUTES = 4.0  # below this, fewer prompts are measured
@@ -181,11 +181,11 @@ class Quickstart:
         decoder = Decoder(target, HeadDrafter(head, target), Policy.load(head_folder))
         rules = ("autoregressive", "exact")
         pairs = [(decoder, rule) for rule in rules]
-        records = compare(pairs, self.prompts, max_new_tokens=self.new_tokens // 2, label="identity in fp32")
+        records = compare(pairs, self.prompts, max_new_tokens=self.new_tokens // 3, label="identity in fp32")
         steps = self.recipe.distill.steps
         chain = Decoder(target, HeadDrafter(head, target), Policy(tree=TreeShape(steps, 1, steps + 1)))
         alone = [(chain, "exact")]
-        (chained,) = compare(alone, self.prompts, max_new_tokens=self.new_tokens // 2, label="chain in fp32")
+        (chained,) = compare(alone, self.prompts, max_new_tokens=self.new_tokens // 3, label="chain in fp32")
         answers = [
             (target.encode_prompt([{"role": "user", "content": row["turns"][0]}]), record.outputs[0])
             for row, record in zip(self.prompts, records[0], strict=True)
