@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from itertools import pairwise
 
 import pytest
@@ -15,7 +16,7 @@ from slipstream.decode.cache import TreeCache, causal
 from slipstream.decode.drafters import HeadDrafter
 from slipstream.decode.engine import Decoder, Generation
 from slipstream.decode.policy import Policy
-from slipstream.decode.speculation import Speculation
+from slipstream.decode.speculation import SIZES, Speculation
 from slipstream.decode.tree import TreeShape
 from slipstream.decode.verify import Verifier
 from slipstream.distill.compilation import compile_static
@@ -108,8 +109,11 @@ def test_schedules_keep_to_few_shapes(shapes, schedule):
     target.compile()
     out = Decoder(target, drafter, policy).generate(prompt(), max_new_tokens=60)
     assert out.sequences.tolist() == greedy(target, prompt(), 60).tolist()
-    assert len(set(shapes["HeadDrafter"])) <= 4
-    assert len({ids for ids, *_ in shapes["Target"]}) <= 5
+    # Which of the sizes occur is up to the clock under `cost`; others never do, and steps are as wide as the tree.
+    assert {ids[1] for ids, *_ in shapes["HeadDrafter"]} <= {3, *SIZES}
+    assert {ids[1] for ids, *_ in shapes["Target"]} <= {1, *SIZES}
+    per_size = Counter(ids for ids, *_ in set(shapes["HeadDrafter"]))
+    assert set(per_size.values()) == {1}  # masks and caches of one size each
 
 
 def test_a_request_after_another_uses_the_same_buffers(shapes):
