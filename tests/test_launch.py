@@ -165,7 +165,7 @@ def test_launch_files_launch(alone, name, tmp_path):
 @pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
 def test_slurm_starts_one_launcher_on_every_machine(tmp_path):
     commands = {  # as Slurm and accelerate have them
-        "scontrol": "printf 'one\\ntwo\\n'",
+        "scontrol": "echo one; seq 100000",  # more hosts than a pipe holds
         "srun": 'for id in 0 1; do SLURM_NODEID=$id "$@"; done',
         "accelerate": "printf '%s|' \"$@\"; echo",
     }

@@ -11,8 +11,8 @@
 set -euo pipefail
 
 export LAUNCH=${LAUNCH:-configs/launch/ddp.yaml}
-MAIN_ADDRESS=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-export MAIN_ADDRESS
+HOSTS=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
+export MAIN_ADDRESS=${HOSTS%%$'\n'*} # the first; head would close the pipe on scontrol, which pipefail takes for a failure
 
 # What stands in single quotes is filled in on each machine.
 srun bash -c 'exec accelerate launch --config_file "$LAUNCH" \
