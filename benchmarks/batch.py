@@ -11,7 +11,7 @@ import torch
 from jsonargparse import auto_cli
 
 import slipstream
-from slipstream.decode.tasks import read_prompts
+from slipstream.decode.tasks import encode_first, read_prompts
 from slipstream.decode.tree import make_tree
 from slipstream.decode.verify import Verifier, verify
 
@@ -54,10 +54,7 @@ def main(
         device: `cpu` or `cuda`.
     """
     decoder = slipstream.load(target, draft, dtype=dtype, device=device)
-    encoded = [
-        torch.tensor(decoder.target.encode_prompt([{"role": "user", "content": row["turns"][0]}]))
-        for row in read_prompts(limit=prompts)
-    ]
+    encoded = [torch.tensor(encode_first(decoder.target, row)) for row in read_prompts(limit=prompts)]
     settings = {"max_new_tokens": max_new_tokens, "verify": "exact"}
     decoder.generate(encoded[0][None], max_new_tokens=8)
     totals, ratios = torch.zeros(2, 2), []

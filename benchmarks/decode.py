@@ -22,6 +22,7 @@ from slipstream.decode.drawing import interval_text
 from slipstream.decode.engine import Decoder
 from slipstream.decode.evaluate import Record, answer, interval
 from slipstream.decode.speculation import Speculation
+from slipstream.decode.tasks import encode_first
 from slipstream.decode.tree import TreeShape
 from slipstream.distill.target import Target
 
@@ -32,7 +33,7 @@ LOOK_UP = "prompt look-up"
 
 def _look_up(target: Target, row: dict[str, Any], max_new_tokens: int) -> Record:
     """transformers' assisted generation with prompt look-up."""
-    ids = target.encode_prompt([{"role": "user", "content": row["turns"][0]}])
+    ids = encode_first(target, row)
     prompt = torch.tensor([ids], device=target.device)
     begun = time.perf_counter()
     out = target.model.generate(

@@ -29,6 +29,7 @@ from slipstream.decode.evaluate import mean_interval
 from slipstream.decode.fidelity import likelihood, measure_likelihood
 from slipstream.decode.recorder import Observer
 from slipstream.decode.scores import score_means, score_records
+from slipstream.decode.tasks import encode_first
 from slipstream.decode.tree import Tree, TreeShape, make_tree
 from slipstream.decode.verify import Spent, Verifier, decide
 
@@ -136,7 +137,7 @@ def distances(found: Tensor, p: Tensor, draws: int) -> dict[str, float]:
 def positions(decoder: Decoder, row: dict[str, Any], tokens: int, count: int, seed: int) -> list[Position]:
     """Rounds of an exact answer at T = 1, at equal distances; all of them where there are fewer than `count`."""
     seen = Positions()
-    ids = decoder.target.encode_prompt([{"role": "user", "content": row["turns"][0]}])
+    ids = encode_first(decoder.target, row)
     prompt = torch.tensor([ids], device=decoder.target.device)
     decoder.generate(
         prompt, max_new_tokens=tokens, temperature=1.0, verify="exact", eos_token_id=None, seed=seed, observer=seen

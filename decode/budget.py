@@ -138,8 +138,6 @@ class Point:
 
     def slower(self, other: Point) -> bool:
         """Whether this point is slower than another on the same prompts, beyond the 95 % interval of their ratio."""
-        if not (self.records and other.records):
-            return self.speed < other.speed
         ratio, bounds = interval(other.records, self.records, seed=0)
         return (bounds[1] if bounds else ratio) < 1
 

@@ -316,17 +316,22 @@ class Decoder:
             never_relax=request.never_relax,
         )
 
-    def _prefill(self, batch: _Batch, cache: TreeCache) -> tuple[Tensor, Tensor]:
-        """Run the prompts; their features [B, n, A*Ht], and the logits at each one's end, [B, 1, V].
+    def _prefill(self, batch: _Batch, whole: bool) -> tuple[TreeCache, Tensor, Tensor]:
+        """Run the prompts: a cache of them, their features [B, n, A*Ht], and the logits at each one's end, [B, 1, V].
 
         Padding stands on the right, where causality alone hides it.
         """
+        if whole:  # trees are padded to these sizes, and schedules may grow them
+            cache = self._caches.take(batch.ids.shape[1] + max(SIZES[-1], self.policy.tree.size))
+        else:
+            cache = TreeCache(self.target.config.num_hidden_layers, len(batch.places), batch.ids.device)
         last = torch.tensor(batch.lengths, device=batch.ids.device) - 1
         ends = last.unique()
         out = self.target.forward(batch.ids[:, : max(batch.lengths)], cache=cache, logits_to_keep=ends)
         cache.commit_first(batch.lengths)
+        cache.whole = whole
         rows = torch.arange(len(last), device=last.device)
-        return out.features, out.logits[rows, torch.searchsorted(ends, last)][:, None]
+        return cache, out.features, out.logits[rows, torch.searchsorted(ends, last)][:, None]
 
     def _rounds(self, batch: _Batch, request: _Request, stats: Stats) -> Iterator[tuple[int, list[Token]]]:
         """Place and new tokens of each row after the prompts' forward, then after each round, until all rows are done."""
@@ -336,12 +341,7 @@ class Decoder:
         target, drafter = self.target, self.drafter
         drafter.begin(len(batch.places))
         whole = target.compiled and len(batch.places) == 1
-        widest = max(SIZES[-1], self.policy.tree.size)  # trees are padded to these sizes, and schedules may grow them
-        cache = TreeCache(target.config.num_hidden_layers, len(batch.places), batch.ids.device)
-        if whole:
-            cache = self._caches.take(batch.ids.shape[1] + widest)
-        features, logits = self._prefill(batch, cache)
-        cache.whole = whole
+        cache, features, logits = self._prefill(batch, whole)
         fresh = list(batch.lengths)
         controller = self.policy.speculation.controller(self.policy.tree, target)
         tree = root_only(last_tokens(batch.ids, batch.lengths))

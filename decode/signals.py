@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from slipstream.decode.tasks import encode_first
 from slipstream.distill.relaxation import near_top
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ def signal_samples(
     """`ratio`, `margin` (nats) and `odds` of the runner-up at every position of the target's own first answers."""
     out: dict[str, list[float]] = {"ratio": [], "margin": [], "odds": []}
     for row, record in zip(prompts, records, strict=True):
-        prompt = target.encode_prompt([{"role": "user", "content": row["turns"][0]}])
+        prompt = encode_first(target, row)
         ids = torch.tensor([prompt + record.outputs[0]], device=target.device)
         keep = torch.arange(len(prompt) - 1, ids.shape[1] - 1, device=target.device)
         values = target.forward(ids, logits_to_keep=keep).logits[0].topk(2).values.float()

@@ -30,6 +30,7 @@ from slipstream.decode.sandbox import isolation
 from slipstream.decode.scores import score_means, score_records
 from slipstream.decode.signals import signal_samples
 from slipstream.decode.tables import card_tables
+from slipstream.decode.tasks import encode_first
 from slipstream.decode.trace import fingerprint, join
 from slipstream.distill.heads import versions
 
@@ -190,7 +191,7 @@ def answer_lines(
 def _check_lengths(target: Target, rows: Sequence[Row]) -> None:
     """A prompt that does not fit fails before anything runs."""
     for row in rows:
-        length = len(target.encode_prompt([{"role": "user", "content": row["turns"][0]}]))
+        length = len(encode_first(target, row))
         if length >= target.context:
             raise SlipstreamError(
                 f"{row['place']}: the prompt has {length} tokens, the context of {target.name} is {target.context}"

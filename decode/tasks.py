@@ -12,6 +12,8 @@ from slipstream.configs.errors import SlipstreamError
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+    from slipstream.distill.target import Target
+
     Row = dict[str, Any]
 
 PROGRAM_FIELDS = ("task_id", "prompt", "test", "entry_point")
@@ -30,6 +32,11 @@ def read_prompts(path: str | Path | None = None, limit: int | None = None) -> li
     """
     file = Path(path).expanduser() if path is not None else _SHIPPED
     return [row for _, row in _limited(file, limit)]
+
+
+def encode_first(target: Target, row: Row) -> list[int]:
+    """Token ids of a row's first turn, up to the opening of the answer."""
+    return target.encode_prompt([{"role": "user", "content": row["turns"][0]}])
 
 
 def tuning_prompts() -> list[Row]:

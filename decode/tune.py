@@ -28,6 +28,7 @@ from slipstream.decode.replay import check, cut, judge
 from slipstream.decode.sandbox import isolation
 from slipstream.decode.scores import recovery, score_means, score_records
 from slipstream.decode.speculation import SCHEDULES, Speculation
+from slipstream.decode.tasks import encode_first
 from slipstream.decode.trace import Trace
 from slipstream.decode.tree import TreeShape
 from slipstream.decode.verify import Verifier
@@ -160,8 +161,7 @@ def _further(
 
 def _prompt(decoder: Decoder, row: dict[str, Any]) -> Tensor:
     """The first turn of a prompt row, [1, n]."""
-    messages = [{"role": "user", "content": row["turns"][0]}]
-    return torch.tensor([decoder.target.encode_prompt(messages)], device=decoder.target.device)
+    return torch.tensor([encode_first(decoder.target, row)], device=decoder.target.device)
 
 
 def record_exact(decoder: Decoder, prompts: Sequence[dict[str, Any]], path: Path, max_new_tokens: int) -> None:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 TOKENS = 16
 RULES = [Verifier("mars", "margin", m) for m in (0.05, 0.2, 0.5)]
-EXACT = Point(FEW[0], Verifier(), 10.0, 1.5, 0.0, 0.0, confirmed=True)
+EXACT = Point(FEW[0], Verifier(), 10.0, 1.5, 0.0, 0.0, confirmed=True, records=[Record("all", 100, 10.0)])
 MARS = replace(EXACT, rule=RULES[2], regret=0.02, agreement=0.8, recovery=0.981)
 
 
@@ -90,7 +90,8 @@ def test_a_point_keeps_to_a_budget_up_to_its_last_digit(just, too_strict):
 
 
 def test_the_fastest_within_a_budget_is_chosen_or_the_nearest_named():
-    faster, loose = replace(MARS, speed=11.0), replace(MARS, speed=12.0, recovery=0.97, rule=RULES[0])
+    faster = replace(MARS, speed=11.0, records=[Record("all", 110, 10.0)])
+    loose = replace(MARS, speed=12.0, recovery=0.97, rule=RULES[0], records=[Record("all", 120, 10.0)])
     assert Budget.parse("task=0.98").choose([EXACT, MARS, faster, loose]) is faster
     with pytest.raises(SlipstreamError, match=r"keeps to task=0.99 here; the nearest has 0.981 .* margin 0.5, depth"):
         Budget.parse("task=0.99").choose([EXACT, loose, MARS])

@@ -30,7 +30,7 @@ from slipstream.decode.policy import Policy
 from slipstream.decode.report import require_figures, results_table, write_report
 from slipstream.decode.signals import signal_samples
 from slipstream.decode.suite import header, judged_rows, sample, sampled
-from slipstream.decode.tasks import read_prompts, tuning_prompts
+from slipstream.decode.tasks import encode_first, read_prompts, tuning_prompts
 from slipstream.decode.tree import TreeShape
 from slipstream.decode.tune import tune
 from slipstream.distill.heads import describe_target, load_head, new_head, save_head
@@ -187,8 +187,7 @@ class Quickstart:
         alone = [(chain, "exact")]
         (chained,) = compare(alone, self.prompts, max_new_tokens=self.new_tokens // 3, label="chain in fp32")
         answers = [
-            (target.encode_prompt([{"role": "user", "content": row["turns"][0]}]), record.outputs[0])
-            for row, record in zip(self.prompts, records[0], strict=True)
+            (encode_first(target, row), record.outputs[0]) for row, record in zip(self.prompts, records[0], strict=True)
         ]
         lengths = [n for record in chained for n in record.accept_lengths]
         return {
