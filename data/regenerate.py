@@ -9,16 +9,18 @@ from typing import TYPE_CHECKING, Any
 
 from slipstream.configs.progress import progress
 from slipstream.data.journal import Journal
-from slipstream.data.sampling import sample
 from slipstream.data.template import encode_prompt, require_generation_prompt, thinking
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
     from slipstream.data.template import Message
+
+    Sample = Callable[..., list[list[int]]]
+    """Continues prompts: `decode.sampling.sample` with its target."""
 
 
 @dataclass
@@ -69,7 +71,8 @@ class Conversation:
 
 
 def regenerate(
-    model: PreTrainedModel,
+    target: str,
+    sample: Sample,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[dict[str, Any]],
     *,
@@ -84,7 +87,8 @@ def regenerate(
 ) -> None:
     """Answer all turns of every prompt row, each up to a token of `stop_ids`.
 
-    Prompt i is sampled at temperature `i mod len(temperatures)`; `think` goes to the chat template.
+    `sample` answers, with the target named `target`; prompt i at temperature `i mod len(temperatures)`. `think` goes to the
+    chat template.
     Writes conversations (`Conversation.row`) as JSON lines, resumable to the batch: batches are fixed by the prompts,
     so that a resumed file holds the same rows as an uninterrupted one (in bf16 a row of half a batch is rounded, and
     soon worded, otherwise). They are answered in an order drawn from the seed, and none is begun once
@@ -99,7 +103,7 @@ def regenerate(
     order = sorted(range(len(prompts)), key=lambda i: len(firsts[i]))  # rows of a batch need little padding
     batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
     settings = {
-        "target": model.config.name_or_path,
+        "target": target,
         "prompts": len(prompts),
         "temperatures": list(temperatures),
         "max_new_tokens": max_new_tokens,
@@ -119,7 +123,7 @@ def regenerate(
                 break
             talks = [Conversation(prompts[i], temperatures[i % len(temperatures)], think) for i in batches[unit]]
             _answer(
-                model,
+                sample,
                 tokenizer,
                 talks,
                 options,
@@ -133,7 +137,7 @@ def regenerate(
 
 
 def _answer(
-    model: PreTrainedModel,
+    sample: Sample,
     tokenizer: PreTrainedTokenizerBase,
     talks: Sequence[Conversation],
     options: dict[str, bool],
@@ -148,7 +152,6 @@ def _answer(
         if not asked:
             return
         answers = sample(
-            model,
             [encode_prompt(tokenizer, talk.messages, **options) for talk in asked],
             [talk.temperature for talk in asked],
             max_new_tokens=max_new_tokens,

@@ -11,13 +11,14 @@ import yaml
 
 from slipstream.configs.progress import progress
 from slipstream.data.journal import Journal
-from slipstream.data.sampling import sample
 from slipstream.data.template import user_turn
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
+
+    from slipstream.data.regenerate import Sample
 
 _FIELD = re.compile(r"{(\w+)}")
 
@@ -51,7 +52,8 @@ def topic_prompts(count: int, seed: int) -> list[dict[str, Any]]:
 
 
 def self_prompts(
-    model: PreTrainedModel,
+    target: str,
+    sample: Sample,
     tokenizer: PreTrainedTokenizerBase,
     *,
     count: int,
@@ -66,14 +68,13 @@ def self_prompts(
     Prompts the target did not finish, and repeats, are dropped.
     """
     opening, closing = user_turn(tokenizer)
-    settings = {"target": model.config.name_or_path, "seed": seed, "temperature": temperature, "batch": batch_size}
+    settings = {"target": target, "seed": seed, "temperature": temperature, "batch": batch_size}
     with Journal(out, settings) as journal, progress("prompts by the target", count, "prompts") as advance:
         seen = {row["turns"][0] for row in journal.rows()}
         advance(len(seen))
         unit = journal.next_unit
         while len(seen) < count:
             drawn = sample(
-                model,
                 [opening] * batch_size,
                 [temperature] * batch_size,
                 max_new_tokens=max_prompt_tokens,

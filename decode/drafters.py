@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Protocol
 
+import numpy as np
 import torch
+from numpy.lib.stride_tricks import sliding_window_view
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
@@ -36,6 +38,7 @@ class Round:
     Attributes:
         ids: All tokens decided so far, [B, S], padded on the right; the last one of each row has not been through the
             target yet.
+        text: The same on the host, [B, S].
         lengths: How many of them are real, per row.
         features: Target features of the tokens the target has seen since the last call, [B, m, A*Ht]: those of row b at
             positions lengths[b]-1-fresh[b] .. lengths[b]-2 come first.
@@ -51,6 +54,7 @@ class Round:
     """
 
     ids: Tensor
+    text: np.ndarray
     lengths: list[int]
     features: Tensor
     fresh: list[int]
@@ -133,21 +137,22 @@ def _look_up(round: Round, width: int, endings: range) -> Tensor | None:
     """What followed the latest earlier place where each row ended as it does now, at most `width` tokens, [B, C].
 
     Endings of the given sizes are tried in turn. Shorter rows are filled up: a wrong draft costs nothing but its place.
-    None where no row has such a place.
+    None where no row has such a place. The host knows the text, so no card is waited for.
     """
     found = []
-    for ids in (ids[:n] for ids, n in zip(round.ids, round.lengths, strict=True)):
+    for ids in (ids[:n] for ids, n in zip(round.text, round.lengths, strict=True)):
         tokens = ids[:0]
         for size in (size for size in endings if size < len(ids)):
-            places = (ids[:-1].unfold(0, size, 1) == ids[-size:]).all(-1).nonzero()
+            places = np.flatnonzero((sliding_window_view(ids[:-1], size) == ids[-size:]).all(-1))
             if len(places):
-                tokens = ids[int(places[-1]) + size :][:width]
+                tokens = ids[places[-1] + size :][:width]
                 break
         found.append(tokens)
     width = max(map(len, found))
     if not width:
         return None
-    return torch.stack([pad(tokens, (0, width - len(tokens)), value=round.filler) for tokens in found])
+    filled = [np.pad(tokens, (0, width - len(tokens)), constant_values=round.filler) for tokens in found]
+    return to_device(np.stack(filled), round.ids.device)
 
 
 class _TreeDrafter:
@@ -222,13 +227,13 @@ class _TreeDrafter:
         """Always the same tree: its nodes' ranks among their siblings are given; by likelihood, or in order of draw."""
         batch, width = len(logits), min(round.shape.top_k, len(self.vocabulary))
         draw = round.shape.sampled and round.temperature > 0
-        tokens, parents = [round.roots[:, None]], [0]
-        scores = [logits.new_zeros(batch, 1, dtype=torch.float)]
+        tokens, scores = [round.roots[:, None]], [logits.new_zeros(batch, 1, dtype=torch.float)]
+        parents = [round.ends.new_zeros(1)]
         drawn = logits.new_zeros(batch, round.shape.nodes, self.vocab_size, dtype=torch.float) if draw else None
-        inner, above = [0], scores[0]  # nodes to expand, and their scores
+        inner, above = parents[0], scores[0]  # nodes to expand, and their scores
         logits, seen = logits[:, None], torch.zeros(batch, 1, 0, dtype=torch.bool, device=logits.device)
         state = state[:, None]
-        for depth, level in enumerate(fixed_levels(round.shape.paths), 1):
+        for depth, level in enumerate(fixed_levels(round.shape.paths, logits.device), 1):
             if drawn is not None:
                 logits = logits / round.temperature
                 drawn[:, inner] = drawn[:, inner].index_copy(2, self.vocabulary, torch.softmax(logits.float(), -1))
@@ -238,18 +243,18 @@ class _TreeDrafter:
             new = self.vocabulary[choice[:, level.parents, level.ranks]]
             value = above[:, level.parents] + logp.gather(2, choice)[:, level.parents, level.ranks]
             first = sum(x.shape[1] for x in tokens)
-            parents += [inner[parent] for parent in level.parents]
+            parents.append(level.above)
             tokens.append(new)
             scores.append(value)
-            if not level.inner or (round.enough is not None and not draw and round.enough(logp)):
+            if not len(level.inner) or (round.enough is not None and not draw and round.enough(logp)):
                 break
-            come = [level.parents[node] for node in level.inner]
+            come = level.parents[level.inner]
             own = torch.eye(len(come), dtype=torch.bool, device=new.device).expand(batch, -1, -1)
             seen = torch.cat([seen[:, come], own], dim=2)
-            inner, above = [first + node for node in level.inner], value[:, level.inner]
+            inner, above = first + level.inner, value[:, level.inner]
             logits, state = self._step(new[:, level.inner], state[:, come], depth, round, seen)
-        flat = to_device(parents, round.ids.device).expand(batch, -1)
-        return make_tree(torch.cat(tokens, 1), flat, torch.cat(scores, 1), len(tokens) - 1, drawn)
+        above_all = torch.cat(parents).expand(batch, -1)
+        return make_tree(torch.cat(tokens, 1), above_all, torch.cat(scores, 1), len(tokens) - 1, drawn)
 
 
 class HeadDrafter(_TreeDrafter):

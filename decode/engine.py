@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from slipstream.configs.errors import SlipstreamError
+from slipstream.decode.batch import Batch
 from slipstream.decode.cache import FixedCaches, TreeCache
 from slipstream.decode.drafters import Drafter, NoDrafter, Round, last_tokens
 from slipstream.decode.policy import Policy
@@ -64,31 +65,6 @@ class _Request:
     criteria: StoppingCriteriaList | None
     spent: list[Spent]
     observer: Observer | None
-
-
-@dataclass
-class _Batch:
-    """The rows that are still going: their places in the call, tokens and room."""
-
-    places: list[int]
-    ids: Tensor  # [B, S], padded on the right
-    lengths: list[int]
-    prompts: list[int]  # tokens of each prompt
-    room: list[int]
-
-    def extend(self, new: Sequence[Sequence[Token]]) -> None:
-        """Append each row's new tokens."""
-        for row, tokens in enumerate(new):
-            start = self.lengths[row]
-            self.ids[row, start : start + len(tokens)] = to_device([token.id for token in tokens], self.ids.device)
-            self.lengths[row] += len(tokens)
-            self.room[row] -= len(tokens)
-
-    def keep(self, rows: Sequence[int]) -> None:
-        """Only these rows go on."""
-        self.ids = self.ids[to_device(rows, self.ids.device)]
-        for name in ("places", "lengths", "prompts", "room"):
-            setattr(self, name, [getattr(self, name)[row] for row in rows])
 
 
 class Decoder:
@@ -245,19 +221,9 @@ class Decoder:
         )
         if observer is not None:
             observer.begin(len(prompts), request.verifier, request.never_relax, config, processors)
-        lengths = [len(prompt) for prompt in prompts]
-        room = [max(0, min(limit, target.context - n)) for n in lengths]
-        width = max(n + left for n, left in zip(lengths, room, strict=True))
-        batch = _Batch(
-            places=list(range(len(prompts))),
-            ids=torch.zeros(len(prompts), width, dtype=torch.long, device=device),
-            lengths=lengths,
-            prompts=list(lengths),
-            room=room,
-        )
-        for row, prompt in zip(batch.ids, prompts, strict=True):
-            row[: len(prompt)] = prompt
-        stats = Stats(prompt_tokens=sum(lengths))
+        room = [max(0, min(limit, target.context - len(prompt))) for prompt in prompts]
+        batch = Batch.begin(prompts, room, device)
+        stats = Stats(prompt_tokens=sum(batch.prompts))
         rows: list[list[Token]] = [[] for _ in prompts]
         if streamer is not None:
             streamer.put(input_ids.cpu())
@@ -296,7 +262,7 @@ class Decoder:
                 )
         return prompts
 
-    def _judge(self, request: _Request, batch: _Batch, tree: Tree, logits: Tensor) -> Verdict:
+    def _judge(self, request: _Request, batch: Batch, tree: Tree, logits: Tensor) -> Verdict:
         processed = None
         if request.temperature or request.processors:
             prefixes = [
@@ -316,7 +282,7 @@ class Decoder:
             never_relax=request.never_relax,
         )
 
-    def _prefill(self, batch: _Batch, whole: bool) -> tuple[TreeCache, Tensor, Tensor]:
+    def _prefill(self, batch: Batch, whole: bool) -> tuple[TreeCache, Tensor, Tensor]:
         """Run the prompts: a cache of them, their features [B, n, A*Ht], and the logits at each one's end, [B, 1, V].
 
         Padding stands on the right, where causality alone hides it.
@@ -333,7 +299,7 @@ class Decoder:
         rows = torch.arange(len(last), device=last.device)
         return cache, out.features, out.logits[rows, torch.searchsorted(ends, last)][:, None]
 
-    def _rounds(self, batch: _Batch, request: _Request, stats: Stats) -> Iterator[tuple[int, list[Token]]]:
+    def _rounds(self, batch: Batch, request: _Request, stats: Stats) -> Iterator[tuple[int, list[Token]]]:
         """Place and new tokens of each row after the prompts' forward, then after each round, until all rows are done."""
         if max(batch.room) <= 0:
             return
@@ -377,6 +343,7 @@ class Decoder:
                 tree = drafter.propose(
                     Round(
                         ids=batch.ids,
+                        text=batch.text,
                         lengths=batch.lengths,
                         features=features,
                         fresh=fresh,
@@ -425,7 +392,7 @@ def _append(
     return joined.gather(1, padded[:, :, None].expand(-1, -1, new.shape[-1])), counts
 
 
-def _cut(request: _Request, batch: _Batch, row: int, tokens: list[Token]) -> tuple[list[Token], bool]:
+def _cut(request: _Request, batch: Batch, row: int, tokens: list[Token]) -> tuple[list[Token], bool]:
     """The tokens up to the row's room and up to the first one that ends it, and whether it has ended."""
     room = batch.room[row]
     for i, token in enumerate(tokens[:room]):

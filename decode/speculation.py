@@ -212,8 +212,9 @@ class CostAware(Controller):
         self._update(self.drafting, tree.levels, drafting)
         chance, depths = tree.scores.exp(), tree.depths
         order = tree.scores[:, 1:].sort(dim=1, descending=True).indices + 1
-        for depth in range(1, tree.levels + 1):
-            value = (chance * (depths <= depth)).gather(1, order).cumsum(1).mean(0).tolist()
+        levels = torch.arange(1, tree.levels + 1, device=depths.device)[:, None, None]
+        values = (chance * (depths <= levels)).gather(2, order.expand(len(levels), -1, -1)).cumsum(2).mean(1).tolist()
+        for depth, value in enumerate(values, 1):
             for nodes in self.sizes:
                 if nodes <= tree.nodes and (nodes > depth or nodes == tree.nodes):
                     self._update(self.worth, (depth, nodes), value[nodes - 2])

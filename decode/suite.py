@@ -65,7 +65,7 @@ def header(target: Target, draft: str, seed: int) -> dict[str, Any]:
     }
 
 
-def sample(target: Target, row: Row, rule: str, record: Record) -> dict[str, Any]:
+def sample_answer(target: Target, row: Row, rule: str, record: Record) -> dict[str, Any]:
     """The answer to a first turn, token by token, for the report."""
     tokenizer = target.chat_tokenizer
     tokens = [
@@ -132,7 +132,7 @@ def evaluate(decoders: Mapping[str, Decoder], rows: Sequence[Row], plan: Plan, o
         **({"sandbox": sandbox.to_dict()} if sandbox else {}),
         "distributions": signal_samples(target, rows, baseline),
         "samples": [
-            sample(target, rows[i], _name(contender, decoders), group[i])
+            sample_answer(target, rows[i], _name(contender, decoders), group[i])
             for i in sampled(rows)
             for contender, group in zip(contenders, records[plan.settings[0]], strict=True)
             if contender.draft is not None

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from slipstream.configs.errors import SlipstreamError
+from slipstream.decode.transfer import to_device
 
 Paths = tuple[tuple[int, ...], ...]
 
@@ -87,23 +88,34 @@ class TreeShape:
 
 
 class Level(NamedTuple):
-    """One level of a fixed tree: `parents` index the nodes of the level before that have children (`inner`)."""
+    """One level of a fixed tree, its M nodes by index.
 
-    parents: list[int]
-    ranks: list[int]
-    inner: list[int]
+    Attributes:
+        parents: Their parents among the nodes of the level before that have children, [M].
+        ranks: Their ranks among their siblings, [M].
+        above: Their parents in the tree, [M].
+        inner: Those of the M that have children.
+    """
+
+    parents: Tensor
+    ranks: Tensor
+    above: Tensor
+    inner: Tensor
 
 
 @lru_cache
-def fixed_levels(paths: Paths) -> list[Level]:
-    """The levels of a fixed tree, in the order of its nodes."""
+def fixed_levels(paths: Paths, device: torch.device) -> list[Level]:
+    """The levels of a fixed tree, in the order of its nodes, their indices on `device`."""
     levels: list[Level] = []
+    place = {path: node for node, path in enumerate([(), *paths])}
     inner: list[tuple[int, ...]] = [()]
     for depth in range(1, len(paths[-1]) + 1):
         nodes = [path for path in paths if len(path) == depth]
         parents = [inner.index(path[:-1]) for path in nodes]
+        above = [place[path[:-1]] for path in nodes]
         inner = [path for path in nodes if any(other[:-1] == path for other in paths)]
-        levels.append(Level(parents, [path[-1] for path in nodes], [nodes.index(path) for path in inner]))
+        indices = (parents, [path[-1] for path in nodes], above, [nodes.index(path) for path in inner])
+        levels.append(Level(*(to_device(index, device, torch.long) for index in indices)))
     return levels
 
 

@@ -13,7 +13,7 @@ from torch._guards import TracingContext
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from slipstream.decode.cache import TreeCache, causal
-from slipstream.decode.drafters import HeadDrafter
+from slipstream.decode.drafters import HeadDrafter, NGramDrafter
 from slipstream.decode.engine import Decoder, Generation
 from slipstream.decode.policy import Policy
 from slipstream.decode.speculation import SIZES, Speculation
@@ -213,12 +213,13 @@ class Reads(TorchDispatchMode):
 
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("verify", ["exact", Verifier("mars", "margin", 3.0, regret=5.0)])
-@pytest.mark.parametrize("kind", ["eagle3", "parallel"])
-def test_a_round_waits_once_for_the_card(shapes, monkeypatch, kind, verify, compiled):
-    target, drafter = headed(kind)
+@pytest.mark.parametrize("tree", TREES.values(), ids=TREES)
+@pytest.mark.parametrize("kind", ["eagle3", "parallel", "n-gram"])
+def test_a_round_waits_once_for_the_card(shapes, monkeypatch, kind, tree, verify, compiled):
+    target, drafter = (tiny_target(), NGramDrafter()) if kind == "n-gram" else headed(kind)
     if compiled:
         target.compile()
-    decoder = Decoder(target, drafter, Policy(tree=TreeShape(3, 3, 10)))
+    decoder = Decoder(target, drafter, Policy(tree=tree))
     reads, counts, lists, make = Reads(), [], torch.Tensor.tolist, torch.tensor
 
     def tolist(self):

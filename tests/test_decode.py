@@ -327,7 +327,8 @@ def test_the_tree_keeps_the_best_nodes_with_their_ancestors():
 def test_a_fixed_tree_is_its_paths():
     shape = TreeShape(paths=((1,), (0,), (0, 0), (0, 1), (0, 0, 0)))
     assert (shape.depth, shape.top_k, shape.nodes) == (3, 2, 6)
-    assert fixed_levels(shape.paths) == [([0, 0], [0, 1], [0]), ([0, 0], [0, 1], [0]), ([0], [0], [])]
+    levels = [tuple(index.tolist() for index in level) for level in fixed_levels(shape.paths, torch.device("cpu"))]
+    assert levels == [([0, 0], [0, 1], [0, 0], [0]), ([0, 0], [0, 1], [1, 1], [0]), ([0], [0], [3], [])]
     assert TreeShape.fixed((2, 1)).paths == ((0,), (1,), (0, 0), (1, 0))
     assert shape.within(1) == TreeShape(paths=((0,), (1,)))
     with pytest.raises(SlipstreamError, match=r"path \(0, 1\) needs \(0, 0\)"):
@@ -349,16 +350,15 @@ def test_drafted_scores_are_those_of_each_path_alone(shape, kind):
     with torch.no_grad():
         together = drafter()
         together.begin(2)
-        tree = together.propose(Round(ids, lengths, features, [4, 2], shape))
+        tree = together.propose(Round(ids, ids.numpy(), lengths, features, [4, 2], shape))
         for row in range(2):
             for node in range(1, tree.nodes):
                 path = tree.tokens[row, tree.ancestors[row, node]][1:]
                 chain, score = drafter(), 0.0
                 chain.begin(1)
                 known = lengths[row]
-                alone = Round(
-                    ids[row : row + 1, :known], [known], features[row : row + 1, : known - 1], [known - 1], shape
-                )
+                text, seen = ids[row : row + 1, :known], features[row : row + 1, : known - 1]
+                alone = Round(text, text.numpy(), [known], seen, [known - 1], shape)
                 logits, state = chain._extend(alone)
                 state = state[:, None]
                 for depth, token in enumerate(path, 1):
@@ -397,7 +397,7 @@ def test_copies_beside_a_head_are_accepted_where_the_text_repeats():
 
 def test_prompt_look_up_copies_what_followed_the_latest_same_ending():
     text = torch.tensor([[1, 2, 3, 4, 5, 9, 2, 3, 6, 7, 8, 2, 3], [1, 2, 4, 8, 0, 0, 0, 0, 0, 0, 0, 0, 0]])
-    tree = NGramDrafter(drafts=3).propose(Round(text, [13, 4], text, [1, 1], TreeShape()))
+    tree = NGramDrafter(drafts=3).propose(Round(text, text.numpy(), [13, 4], text, [1, 1], TreeShape()))
     assert tree.tokens.tolist() == [[3, 6, 7, 8], [8, 0, 0, 0]]
     assert tree.parents.tolist() == [[0, 0, 1, 2]] * 2
-    assert NGramDrafter().propose(Round(text[1:], [4], text, [1], TreeShape())).nodes == 1
+    assert NGramDrafter().propose(Round(text[1:], text[1:].numpy(), [4], text, [1], TreeShape())).nodes == 1

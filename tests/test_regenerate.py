@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,7 @@ from slipstream.configs.errors import SlipstreamError
 from slipstream.data import server as data_server
 from slipstream.data.regenerate import regenerate
 from slipstream.data.server import regenerate as regenerate_by_server
+from slipstream.decode.sampling import sample
 from slipstream.distill.target import load_target
 
 if TYPE_CHECKING:
@@ -55,7 +57,14 @@ def answered(
     loaded, out: Path, tokenizer: PreTrainedTokenizerFast | None = None, **options: Any
 ) -> list[dict[str, Any]]:
     settings = {"stop_ids": loaded.stop_ids(), "temperatures": [0.0], "max_new_tokens": 6, "seed": 1, "batch_size": 3}
-    regenerate(loaded.model, tokenizer or loaded.chat_tokenizer, PROMPTS, out=out, **{**settings, **options})
+    regenerate(
+        loaded.name,
+        partial(sample, loaded),
+        tokenizer or loaded.chat_tokenizer,
+        PROMPTS,
+        out=out,
+        **{**settings, **options},
+    )
     return rows_of(out)
 
 
@@ -393,7 +402,9 @@ def test_transformers_serve_answers_as_this_process_does(tmp_path, talkative):
             regenerate_by_server(url, "other", PROMPTS, out=tmp_path / "other.jsonl", **settings)
     loaded = load_target(str(talkative), dtype=torch.float32)
     stop_ids, mine = loaded.stop_ids(), tmp_path / "mine.jsonl"
-    regenerate(loaded.model, loaded.chat_tokenizer, PROMPTS, stop_ids=stop_ids, out=mine, **settings)
+    regenerate(
+        loaded.name, partial(sample, loaded), loaded.chat_tokenizer, PROMPTS, stop_ids=stop_ids, out=mine, **settings
+    )
     rows = {row["id"]: row for row in rows_of(mine)}
     assert {row["id"]: row for row in rows_of(tmp_path / "served.jsonl")} == rows
     assert len({(len(row["messages"]), row["finished"]) for row in rows.values()}) > 2

@@ -37,7 +37,7 @@ def _draw(rule, shape, draws, *, seed=0, target=None):
     out, done = torch.full((draws, 16), -1), torch.zeros(draws, dtype=torch.long)
     rows = torch.arange(draws)
     while int(done.min()) < 3:
-        tree = drafter.propose(Round(ids, lengths, ids, lengths, shape, 1.0, [generator]))
+        tree = drafter.propose(Round(ids, ids.numpy(), lengths, ids, lengths, shape, 1.0, [generator]))
         logits = target[tree.tokens]
         decision = decide(rule, tree, logits, logits, [generator], spent)
         for j in range(decision.tokens.shape[1]):
@@ -137,7 +137,7 @@ def test_block_verification_keeps_no_fewer_drafts_than_token_by_token():
     draws = 100_000
     ids = torch.zeros(draws, 1, dtype=torch.long)
     shape = TreeShape.chain(4, sampled=True)
-    tree = TableDrafter(draft).propose(Round(ids, [1] * draws, ids, [1] * draws, shape, 1.0, [generator]))
+    tree = TableDrafter(draft).propose(Round(ids, ids.numpy(), [1] * draws, ids, [1] * draws, shape, 1.0, [generator]))
     logits = target[tree.tokens]
     mean = {
         rule: decide(Verifier(rule), tree, logits, logits, [generator], [Spent()] * draws).counts.double().mean()

@@ -6,6 +6,7 @@ import json
 import tempfile
 import time
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,8 +29,9 @@ from slipstream.decode.evaluate import compare, identical_outputs, interval, sim
 from slipstream.decode.fidelity import measure_likelihood
 from slipstream.decode.policy import Policy
 from slipstream.decode.report import require_figures, results_table, write_report
+from slipstream.decode.sampling import sample
 from slipstream.decode.signals import signal_samples
-from slipstream.decode.suite import header, judged_rows, sample, sampled
+from slipstream.decode.suite import header, judged_rows, sample_answer, sampled
 from slipstream.decode.tasks import encode_first, read_prompts, tuning_prompts
 from slipstream.decode.tree import TreeShape
 from slipstream.decode.tune import tune
@@ -87,10 +89,11 @@ class Quickstart:
         prompts, file = self.out / "prompts.jsonl", self.out / "conversations.jsonl"
         seed = self.recipe.train.seed
         tokenizer = target.chat_tokenizer
-        self_prompts(target.model, tokenizer, count=count // 3, seed=seed, out=prompts)
+        self_prompts(target.name, partial(sample, target), tokenizer, count=count // 3, seed=seed, out=prompts)
         rows = topic_prompts(count - count // 3, seed) + read_prompts(prompts)
         regenerate(
-            target.model,
+            target.name,
+            partial(sample, target),
             tokenizer,
             rows,
             stop_ids=target.stop_ids(),
@@ -236,7 +239,9 @@ class Quickstart:
             },
             "distributions": signal_samples(target, self.prompts, records[0]),
             "samples": [
-                sample(target, self.prompts[i], rules[k], records[k][i]) for i in sampled(self.prompts) for k in (2, 3)
+                sample_answer(target, self.prompts[i], rules[k], records[k][i])
+                for i in sampled(self.prompts)
+                for k in (2, 3)
             ],
             "head_alone": alone,
             "limits": limits(rows, alone),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ def synthesize(
     """
     from slipstream.configs.files import write_atomic
     from slipstream.data.synthesize import self_prompts, topic_prompts
+    from slipstream.decode.sampling import sample
     from slipstream.decode.tasks import read_prompts
     from slipstream.distill.target import load_target
 
@@ -29,7 +31,7 @@ def synthesize(
     if own:
         loaded = load_target(target)
         sampled = out.with_name(out.stem + ".own.jsonl")
-        self_prompts(loaded.model, loaded.chat_tokenizer, count=own, seed=seed, out=sampled)
+        self_prompts(target, partial(sample, loaded), loaded.chat_tokenizer, count=own, seed=seed, out=sampled)
         rows += [{k: v for k, v in row.items() if k != "unit"} for row in read_prompts(sampled)]
     write_atomic(out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
@@ -83,10 +85,11 @@ def regenerate(
         import torch
 
         from slipstream.data.regenerate import regenerate as answer
+        from slipstream.decode.sampling import sample
         from slipstream.distill.target import load_target
 
         loaded = load_target(target, device="cuda" if torch.cuda.is_available() else "cpu")
-        stop_ids = loaded.stop_ids()
-        answer(loaded.model, loaded.chat_tokenizer, rows, stop_ids=stop_ids, batch_size=batch_size, **settings)
+        settings |= {"stop_ids": loaded.stop_ids(), "batch_size": batch_size}
+        answer(target, partial(sample, loaded), loaded.chat_tokenizer, rows, **settings)
     if out.suffix == ".parquet":
         pack(journal, out)

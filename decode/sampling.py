@@ -6,12 +6,13 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+
+from slipstream.decode.cache import TreeCache
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from transformers import PreTrainedModel
+    from slipstream.distill.target import Target
 
 _COMPACT_AT = 0.9  # the batch is packed anew once fewer rows than this share are still running
 
@@ -27,7 +28,7 @@ def _draw(logits: Tensor, temperatures: Tensor, generator: torch.Generator) -> T
 
 @torch.inference_mode()
 def sample(
-    model: PreTrainedModel,
+    target: Target,
     prompts: Sequence[Sequence[int]],
     temperatures: Sequence[float],
     *,
@@ -37,36 +38,43 @@ def sample(
 ) -> list[list[int]]:
     """Continue each prompt until a stop token (kept) or `max_new_tokens`.
 
-    `generate` keeps finished rows in the batch and has one temperature for all; on two cores that costs a third of the
-    speed. The result depends on the seed and the batch, not on the clock.
+    `generate` keeps finished rows in the batch, has one temperature for all, and copies all keys and values for every token.
+    The result depends on the seed and the batch, not on the clock.
 
     Args:
-        model: The target.
+        target: The target.
         prompts: Token ids, one list a row.
         temperatures: One per row; 0 is greedy.
         max_new_tokens: Longest continuation.
         stop_ids: Tokens that end a row.
         seed: Seed of the draws.
     """
-    width = max(map(len, prompts))
-    ids = torch.zeros(len(prompts), width, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for i, prompt in enumerate(prompts):
-        ids[i, width - len(prompt) :] = torch.tensor(prompt)
-        mask[i, width - len(prompt) :] = 1
-    ids, mask = ids.to(model.device), mask.to(model.device)
-    heat = torch.tensor(temperatures, device=model.device)
-    stops = torch.tensor(list(stop_ids), device=model.device)
+    device, lengths = target.device, [len(prompt) for prompt in prompts]
+    ids = torch.zeros(len(prompts), max(lengths), dtype=torch.long)
+    for line, prompt in zip(ids, prompts, strict=True):  # padded on the right, where causality alone hides it
+        line[: len(prompt)] = torch.tensor(prompt)
+    heat = torch.tensor(temperatures, device=device)
+    stops = torch.tensor(list(stop_ids), device=device)
     generator = torch.Generator().manual_seed(seed)
     out: list[list[int]] = [[] for _ in prompts]
     rows = list(range(len(prompts)))
-    running = torch.ones(len(rows), dtype=torch.bool, device=model.device)
-    cache = DynamicCache(config=model.config)
-    position = (mask.cumsum(-1) - 1).clamp(min=0)
+    running = torch.ones(len(rows), dtype=torch.bool, device=device)
+    cache = TreeCache(target.config.num_hidden_layers, len(rows), device)
+    if ids.shape[1] > 1:  # all but each row's last token, which is fed as those after it are
+        target.forward(
+            ids[:, :-1].to(device), cache=cache, logits_to_keep=torch.zeros(1, dtype=torch.long, device=device)
+        )
+        cache.commit_first([n - 1 for n in lengths])
+    token = torch.tensor([prompt[-1] for prompt in prompts], device=device)
     for _ in range(max_new_tokens):
-        logits = model(
-            input_ids=ids, attention_mask=mask, position_ids=position, past_key_values=cache, logits_to_keep=1
+        own = torch.ones(len(rows), 1, 1, dtype=torch.bool, device=device)
+        logits = target.forward(
+            token[:, None],
+            position_ids=cache.rows.tensor[:, None],
+            visible=None if cache.rows.even else cache.visible(own, 1),
+            cache=cache,
         ).logits[:, -1]
+        cache.commit_first([1] * len(rows))
         token = _draw(logits, heat, generator)
         for row, t, alive in zip(rows, token.tolist(), running.tolist(), strict=True):
             if alive:
@@ -77,10 +85,7 @@ def sample(
             break
         if alive_count < _COMPACT_AT * len(rows):
             keep = running.nonzero().squeeze(1)
-            cache.batch_select_indices(keep)
+            cache.keep(keep.tolist())
             rows = [rows[i] for i in keep.tolist()]
-            token, mask, heat, position, running = token[keep], mask[keep], heat[keep], position[keep], running[keep]
-        ids = token[:, None]
-        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-        position = position[:, -1:] + 1
+            token, heat, running = token[keep], heat[keep], running[keep]
     return out
