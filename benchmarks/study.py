@@ -44,6 +44,7 @@ class Study:
         prompts: Task files, "[a.jsonl, b.jsonl]"; default: the held-out prompts that ship with the package.
         limit: First prompts of each file; only first turns are asked.
         tokens: New tokens an answer.
+        batch_size: Prompts that are answered together.
         dtype: Of target and head.
         device: `cpu` or `cuda`.
         seed: Of the draws; the i-th prompt, in the order of answering, draws from seed + i.
@@ -55,6 +56,7 @@ class Study:
     prompts: list[Path] | None = None
     limit: int = 10
     tokens: int = 64
+    batch_size: int = 1
     dtype: str = "bfloat16"
     device: str = "cpu"
     seed: int = 0
@@ -81,6 +83,7 @@ class Study:
             "dtype": self.dtype,
             "prompts": digest([row["turns"] for row in self.rows]),
             "tokens": self.tokens,
+            "batch_size": self.batch_size,
             "seed": self.seed,
         }
 
@@ -94,7 +97,9 @@ class Study:
         Raises:
             SlipstreamError: If the folder holds answers of other settings.
         """
-        plan = Plan(temperatures=(temperature,), max_new_tokens=self.tokens, seed=self.seed)
+        plan = Plan(
+            temperatures=(temperature,), batch_sizes=(self.batch_size,), max_new_tokens=self.tokens, seed=self.seed
+        )
         contenders = [Contender(rule, None, decoder) for decoder, rule in pairs.values()]
         compared = [
             [name, {**decoder.policy.to_dict(), "measured": None}, decoder.policy.rule(rule).to_dict()]

@@ -29,7 +29,7 @@ from slipstream.decode.tree import TreeShape, make_tree
 from slipstream.decode.verify import Token, Verifier
 
 ROOT = Path(__file__).parent.parent
-STUDIES = ("study", "decode", "defaults", "guards", "padding", "policies", "released", "signals")
+STUDIES = ("study", "answers", "decode", "defaults", "guards", "padding", "policies", "recovery", "released", "signals")
 TALKS = [
     {"question_id": 1, "category": "writing", "turns": ["Hi", "hello"], "reference": ["Yo", "Yo"]},
     {"question_id": 2, "category": "math", "turns": ["Yo user"], "reference": ["#### 2"]},
@@ -149,6 +149,35 @@ def test_relaxed_tokens_and_regret_grow_with_what_guards_allow(command):
     assert _number(costs["regret=0.3"]["largest"]) <= 0.3 < _number(costs["no guard"]["largest"])
     assert texts["exact"]["agreement with exact"].startswith("1.000")
     assert _number(texts["no guard"]["agreement with exact"]) < 1
+
+
+@pytest.mark.parametrize("batch", ["1", "2"])
+def test_what_relaxing_keeps_of_the_score(command, folders, tmp_path, batch):
+    target = slipstream.load_target(folders["target"], dtype=torch.float32)
+    rows = []
+    for row in TALKS[:2]:  # the target's own answers are the references
+        prompt = target.encode_prompt([{"role": "user", "content": row["turns"][0]}])
+        said = slipstream.load(target).generate(torch.tensor([prompt]), max_new_tokens=24)
+        text = target.chat_tokenizer.decode([token.id for token in said.tokens], skip_special_tokens=True)
+        rows.append({**row, "turns": row["turns"][:1], "reference": [text]})
+    prompts = write(tmp_path, *rows, name="scored")
+    given = ("--prompts", f"[{prompts}]", "--batch_size", batch, "--rules", "[mars:margin=0, mars:margin=50]")
+    (lines,) = command("recovery", *given)
+    exact, neutral, loose = lines
+    assert exact["score"] == "1.000 [1.000, 1.000]"
+    assert exact["of exact's (95 %)"] == neutral["of exact's (95 %)"] == "1.000 [1.000, 1.000]"
+    assert neutral["tau"] == exact["tau"]
+    assert neutral["same answers"] == "2 of 2"
+    assert loose["same answers"] != "2 of 2"
+    assert _number(loose["of exact's (95 %)"]) < 1 < _number(exact["tau"]) < _number(loose["tau"])
+
+
+def test_recovery_needs_prompts_that_can_be_scored(command, tmp_path):
+    with pytest.raises(SystemExit, match=r"recovery\.py: .*talks.jsonl:\d: no reference; this study needs"):
+        command("recovery")
+    hopeless = write(tmp_path, {**TALKS[1], "reference": "none of this"}, name="hopeless")
+    with pytest.raises(SystemExit, match=r"recovery\.py: exact decoding scores 0 on these prompts"):
+        command("recovery", "--prompts", f"[{hopeless}]")
 
 
 def test_a_guard_that_is_none_ends_the_command_with_one_line(command):
@@ -286,6 +315,15 @@ def _script(name):
     module = util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def test_answers_are_those_of_generate(studies, folders, capsys):
+    target = slipstream.load_target(folders["target"], dtype=torch.float32)
+    prompts = [[5, 6, 7], [9], [11, 12, 13, 14, 15]]
+    given, answers = (target, prompts, 12, 0.0), studies["answers"]
+    assert answers.ours(*given) == answers.theirs(*given)
+    answers.main(folders["target"], batch=4, groups=2, max_new_tokens=3, dtype="float32")
+    assert re.search(r"ours \d+ tokens/s: [\d.]+x \(batches [\d.]+ to [\d.]+\)", capsys.readouterr().out)
 
 
 @pytest.mark.parametrize("kind", ["plain", "ours"])

@@ -68,9 +68,10 @@ def test_compiled_decoding_on_a_card_runs_as_cuda_graphs(kind):
 
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("verify", ["exact", Verifier("mars", "margin", 1.0)])
-def test_a_round_waits_once_for_the_card(compiled, verify, recwarn):
+@pytest.mark.parametrize("tree", [TreeShape(3, 3, 8), TreeShape.fixed((1, 3, 1)), TreeShape(2, 2, 5, copied=3)])
+def test_a_round_waits_once_for_the_card(compiled, tree, verify, recwarn):
     target = Target(tiny_target().model.cuda())
-    decoder = Decoder(target, HeadDrafter(tiny_head(target).cuda(), target), Policy(tree=TreeShape(3, 3, 8)))
+    decoder = Decoder(target, HeadDrafter(tiny_head(target).cuda(), target), Policy(tree=tree))
     if compiled:
         target.compile()
     prompt = torch.tensor([[5, 6, 7]]).cuda()
