@@ -62,3 +62,18 @@ def pack(model: nn.Module) -> Packing:
             layer.__class__ = _PackedLinear
             layer.__dict__.update(packing=packing, packed=packed)  # no parameter and no buffer: never saved or moved
     return packing
+
+
+def fold_rows(layer: nn.Module | None) -> None:
+    """Let a frozen output layer take slices of the hidden states as it takes whole ones.
+
+    Of a slice, torch (2.13) makes one product for each row, and on a CPU copies the weight for every one of them, unless
+    the weight wants gradients: for SmolLM2-135M 80 ms a row, and 26 GB for 96 rows of a vocabulary of 152k. `generate`
+    slices each prompt's last position.
+    """
+    if layer is not None and _folded not in layer._forward_pre_hooks.values():
+        layer.register_forward_pre_hook(_folded)
+
+
+def _folded(layer: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return inputs[0].clone(memory_format=torch.contiguous_format), *inputs[1:]

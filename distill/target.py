@@ -21,7 +21,7 @@ from slipstream.configs.suggest import near
 from slipstream.data.template import encode_prompt, thinking
 from slipstream.distill import blocks
 from slipstream.distill.compilation import compile_static
-from slipstream.distill.packing import Packing, pack
+from slipstream.distill.packing import Packing, fold_rows, pack
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -103,6 +103,7 @@ class Target:
         think: bool | None = None,
     ) -> None:
         self.model = model.eval().requires_grad_(False)
+        fold_rows(model.get_output_embeddings())
         self.tokenizer = tokenizer
         self.config = model.config.get_text_config()
         self.name = name or model.config.name_or_path or type(model).__name__

@@ -5,6 +5,7 @@ import shutil
 import pytest
 import torch
 from tiny import ARCHITECTURES, VOCAB, greedy, tiny_head, tiny_target
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from slipstream.configs.errors import SlipstreamError
 from slipstream.decode.cache import TreeCache
@@ -133,3 +134,29 @@ def test_a_layer_beyond_the_target_is_refused():
     model = tiny_target().model
     with pytest.raises(SlipstreamError, match="layer 9"):
         Target(model, layer_ids=[1, 9])
+
+
+class Products(TorchDispatchMode):
+    """Notes the operators that multiply matrices over the vocabulary."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        out = operator(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor) and out.shape[-1:] == (VOCAB,):
+            self.seen.append(operator._schema.name)
+        return out
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_slice_of_the_prompt_is_one_product_with_the_output_layer(architecture):
+    """As in `generate`, whose prompts' last positions a frozen layer would multiply row by row (packing.fold_rows)."""
+    target = tiny_target(architecture)
+    Target(target.model)  # again
+    with torch.no_grad(), Products() as products:
+        target.model(torch.randint(3, VOCAB, (3, 6)), logits_to_keep=1)
+    assert "aten::mm" in products.seen
+    assert "aten::bmm" not in products.seen
+    assert len(target.model.get_output_embeddings()._forward_pre_hooks) == 1
