@@ -114,9 +114,10 @@ def tune(
         costs = measure_costs(decoder, [_prompt(decoder, row) for row in prompts])
         points = predict(recorded, costs, shapes, rules)
     best, others = frontier(points), prompts[1::2]
-    ran = _run(decoder, _candidates(points, best, budget), others, max_new_tokens, score)
-    first, fixed = ran[0], budget.choose(ran)
-    assert first.predicted and fixed.predicted
+    foreseen = _candidates(points, best, budget)
+    ran = _run(decoder, foreseen, others, max_new_tokens, score)
+    fixed = budget.choose(ran)
+    compared = {"exact": (ran[0], foreseen[0]), "chosen": (fixed, foreseen[ran.index(fixed)])}
     # What a trace does not tell is run: copies from the text beside two trees, then the best under schedules.
     trees = dict.fromkeys([fixed.shape, _longest(points)])
     copied = [replace(fixed, shape=replace(shape, copied=count)) for shape in trees for count in COPIES]
@@ -132,10 +133,8 @@ def tune(
         "think": decoder.target.think,
         "exact": again[0].to_dict(chosen is again[0]),
         "chosen": chosen.to_dict(True),
-        "confirmed_over_predicted": {
-            "exact": round(first.speed / first.predicted, 3),
-            "chosen": round(fixed.speed / fixed.predicted, 3),
-        },
+        "confirmed_over_predicted": {key: round(a.speed / b.speed, 3) for key, (a, b) in compared.items()},
+        "confirmed_over_predicted_tau": {key: round(a.tau / b.tau, 3) for key, (a, b) in compared.items()},
         "costs": asdict(costs),
         **({"sandbox": sandbox.to_dict()} if sandbox else {}),
     }

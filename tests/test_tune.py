@@ -116,7 +116,9 @@ def test_the_chosen_policy_was_run_and_keeps_to_the_budget(decoder, budget):
     exact = [row for row in rows if row["confirmed"] and row["lossless"]]
     assert exact
     assert all(row["agreement"] == 1 and row["mean_regret_nats"] == 0 for row in exact)
-    assert all(ratio > 0 for ratio in policy.measured["confirmed_over_predicted"].values())
+    for ratios in (policy.measured["confirmed_over_predicted"], policy.measured["confirmed_over_predicted_tau"]):
+        assert list(ratios) == ["exact", "chosen"]
+        assert all(ratio > 0 for ratio in ratios.values())
 
 
 def test_a_budget_nothing_can_meet_names_the_nearest_point(decoder):
