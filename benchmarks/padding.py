@@ -17,7 +17,8 @@ from slipstream.configs.recipe import DataSettings
 from slipstream.data import batches
 from slipstream.data.batches import Batches
 from slipstream.data.conversations import load
-from slipstream.distill.target import EMBEDDED, load_tokenizer
+from slipstream.distill.gguf import EMBEDDED
+from slipstream.distill.target import load_tokenizer
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

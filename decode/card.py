@@ -11,7 +11,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from slipstream.configs.errors import SlipstreamError
 from slipstream.configs.files import write_atomic
 from slipstream.decode.report import markdown_table
-from slipstream.distill.target import EMBEDDED, EMBEDDED_ON_HUB
+from slipstream.distill.gguf import EMBEDDED, EMBEDDED_ON_HUB
 
 FILE = "README.md"
 

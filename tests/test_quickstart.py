@@ -10,7 +10,7 @@ import torch
 import slipstream
 from slipstream.cli import main
 from slipstream.data.template import encode_prompt
-from slipstream.distill.target import EMBEDDED
+from slipstream.distill.gguf import EMBEDDED
 
 ROW_KEYS = {
     "task", "rule", "temperature", "lossless", "prompts", "tokens", "tokens_per_second", "speedup", "speedup_ci95",

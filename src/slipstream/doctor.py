@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from slipstream.distill.target import EMBEDDED, cache_folder
+from slipstream.distill.gguf import EMBEDDED, cache_folder
 
 _DEVELOPERS = ("all", "dev", "docs")  # extras that no user needs named
 _BESIDE = {  # what no extra installs

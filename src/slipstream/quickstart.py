@@ -35,8 +35,9 @@ from slipstream.decode.suite import header, judged_rows, sample_answer, sampled
 from slipstream.decode.tasks import encode_first, read_prompts, tuning_prompts
 from slipstream.decode.tree import TreeShape
 from slipstream.decode.tune import tune
+from slipstream.distill.gguf import EMBEDDED, EMBEDDED_LICENSE
 from slipstream.distill.heads import describe_target, load_head, new_head, save_head
-from slipstream.distill.target import EMBEDDED, EMBEDDED_LICENSE, Target, load_target
+from slipstream.distill.target import Target, load_target
 from slipstream.train.trainer import Trainer
 
 if TYPE_CHECKING:

@@ -137,9 +137,10 @@ def train(
     from slipstream.data.vocabulary import draft_vocabulary
     from slipstream.decode.card import write_card
     from slipstream.distill.adapters import add_lora
+    from slipstream.distill.gguf import EMBEDDED, EMBEDDED_LICENSE
     from slipstream.distill.heads import describe_target, new_head, save_head
     from slipstream.distill.store import Store
-    from slipstream.distill.target import EMBEDDED, EMBEDDED_LICENSE, load_target
+    from slipstream.distill.target import load_target
     from slipstream.train.launch import start
     from slipstream.train.trainer import Trainer
 
