@@ -47,5 +47,6 @@ def progress(label: str, total: float | None, unit: str) -> Iterator[Advance]:
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
     )
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+    bar = Progress(*columns, console=console, disable=not console.is_terminal)
+    with bar if console.is_terminal else contextlib.nullcontext():  # older rich ends a disabled bar with an empty line
         yield Advance(bar, total, label, unit)
