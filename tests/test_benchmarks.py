@@ -25,6 +25,7 @@ from slipstream.decode import plan
 from slipstream.decode.evaluate import Record
 from slipstream.decode.policy import Policy
 from slipstream.decode.speculation import SCHEDULES
+from slipstream.decode.tasks import encode_first
 from slipstream.decode.tree import TreeShape, make_tree
 from slipstream.decode.verify import Token, Verifier
 
@@ -156,8 +157,7 @@ def test_what_relaxing_keeps_of_the_score(command, folders, tmp_path, batch):
     target = slipstream.load_target(folders["target"], dtype=torch.float32)
     rows = []
     for row in TALKS[:2]:  # the target's own answers are the references
-        prompt = target.encode_prompt([{"role": "user", "content": row["turns"][0]}])
-        said = slipstream.load(target).generate(torch.tensor([prompt]), max_new_tokens=24)
+        said = slipstream.load(target).generate(torch.tensor([encode_first(target, row)]), max_new_tokens=24)
         text = target.chat_tokenizer.decode([token.id for token in said.tokens], skip_special_tokens=True)
         rows.append({**row, "turns": row["turns"][:1], "reference": [text]})
     prompts = write(tmp_path, *rows, name="scored")
