@@ -23,6 +23,9 @@ KINDS = ("strict", "regret", "agreement", "task")
 NEARLY = 0.95
 """Of the highest speed: what a longer acceptance length may cost at most."""
 
+AS_LONG = 0.98
+"""Of the longest acceptance length: what less loss of fidelity may cost at most."""
+
 
 @dataclass(frozen=True)
 class Budget:
@@ -72,8 +75,9 @@ class Budget:
     def choose(self, ran: Sequence[Point]) -> Point:
         """The fastest point that was run and keeps to it; of those that cannot be told from it, the one that accepts most.
 
-        Speeds of a few answers differ by chance. How many tokens a round gives does not, and where verifying is cheaper
-        than here it is what counts. Nothing is taken that was slower by a twentieth.
+        Speeds of a few answers differ by chance. How many tokens a round gives does so less, and where verifying is cheaper
+        than here it is what counts. Nothing is taken that was slower by a twentieth. Of points that accept as many, to a
+        fiftieth, it is the one that loses least: what buys nothing is not spent.
 
         Raises:
             SlipstreamError: If there is none; the nearest is named.
@@ -82,7 +86,9 @@ class Budget:
         if within:
             fastest = max(within, key=lambda point: point.speed)
             alike = [point for point in within if point.speed >= NEARLY * fastest.speed and not point.slower(fastest)]
-            return max(alike, key=lambda point: point.tau)
+            longest = max(point.tau for point in alike)
+            as_long = [point for point in alike if point.tau >= AS_LONG * longest]
+            return min(as_long, key=lambda point: (0.0 if point.rule.lossless else self._loss(point), -point.tau))
         relaxed = [point for point in ran if not point.rule.lossless]
         nearest = min(relaxed, key=lambda point: (self._loss(point), -point.speed))
         found = {

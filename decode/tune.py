@@ -21,7 +21,7 @@ from slipstream.configs.progress import progress
 from slipstream.decode.budget import NEARLY, Point
 from slipstream.decode.costs import PROBES, measure_costs
 from slipstream.decode.engine import Decoder
-from slipstream.decode.evaluate import compare
+from slipstream.decode.evaluate import compare, interval
 from slipstream.decode.fidelity import common_prefix
 from slipstream.decode.recorder import record
 from slipstream.decode.replay import check, cut, judge
@@ -69,6 +69,7 @@ COPIES = (3, 5, 8)
 
 _WIDELY = 16  # trees that all rules are tried on
 _RUNS = 3  # points that are run beside the fastest exact one
+_NEIGHBOURS = 2  # thresholds on either side of the chosen one that are run on its tree
 
 
 def tune(
@@ -121,18 +122,25 @@ def tune(
     # What a trace does not tell is run: copies from the text beside two trees, then the best under schedules.
     trees = dict.fromkeys([fixed.shape, _longest(points)])
     copied = [replace(fixed, shape=replace(shape, copied=count)) for shape in trees for count in COPIES]
-    ran, again = _further(decoder, ran, fixed, copied, others, max_new_tokens, score)
+    ran, again = _further(decoder, ran, [ran[0], fixed], copied, others, max_new_tokens, score)
     copying = budget.choose(again)
     scheduled = [replace(copying, schedule=name) for name in SCHEDULES if name != "fixed"]
-    ran, again = _further(decoder, ran, copying, scheduled, others, max_new_tokens, score)
-    chosen = budget.choose(again)
+    ran, again = _further(decoder, ran, [ran[0], copying], scheduled, others, max_new_tokens, score)
+    exact = chosen = budget.choose(again)
+    if not chosen.rule.lossless:  # its thresholds once more, beside what exact decoding gives with that tree
+        near = [replace(chosen, rule=rule) for rule in _neighbours(chosen.rule, rules)]
+        here = replace(chosen, rule=Verifier(), predicted=None)
+        ran, again = _further(decoder, ran, [here, chosen], near, others, max_new_tokens, score)
+        exact, chosen = again[0], budget.choose(again)
+    gain, span = interval(exact.records, chosen.records, seed=0)
     measured = {
         "budget": str(budget),
         "prompts": len(others),
         "max_new_tokens": max_new_tokens,
         "think": decoder.target.think,
-        "exact": again[0].to_dict(chosen is again[0]),
+        "exact": exact.to_dict(chosen is exact),
         "chosen": chosen.to_dict(True),
+        "chosen_over_exact": {"speedup": round(gain, 3), "ci95": span},
         "confirmed_over_predicted": {key: round(a.speed / b.speed, 3) for key, (a, b) in compared.items()},
         "confirmed_over_predicted_tau": {key: round(a.tau / b.tau, 3) for key, (a, b) in compared.items()},
         "costs": asdict(costs),
@@ -145,17 +153,24 @@ def tune(
 def _further(
     decoder: Decoder,
     ran: Sequence[Point],
-    best: Point,
+    paired: Sequence[Point],
     points: Sequence[Point],
     prompts: Sequence[dict[str, Any]],
     max_new_tokens: int,
     score: bool,
 ) -> tuple[list[Point], list[Point]]:
-    """Run points beside the exact one and the best so far: all that ran, each as it last did, and those of this time."""
-    paired = [best] if best == ran[0] else [ran[0], best]
-    fresh = [*paired, *(replace(point, predicted=None) for point in points)]
+    """Run points beside an exact one and the best so far: all that ran, each as it last did, and those of this time."""
+    fresh = [*dict.fromkeys(paired), *(replace(point, predicted=None) for point in points)]
     again = _run(decoder, fresh, prompts, max_new_tokens, score)
-    return [again[0], *(point for point in ran if point not in paired), *again[1:]], again
+    labels = {point.label for point in again}
+    return [again[0], *(point for point in ran if point.label not in labels), *again[1:]], again
+
+
+def _neighbours(rule: Verifier, rules: Sequence[Verifier]) -> list[Verifier]:
+    """Rules that differ from a relaxed one in nothing but the threshold, the nearest on either side."""
+    ladder = sorted((r for r in rules if replace(r, threshold=rule.threshold) == rule), key=lambda r: r.theta)
+    place = ladder.index(rule)
+    return [r for r in ladder[max(0, place - _NEIGHBOURS) : place + _NEIGHBOURS + 1] if r != rule]
 
 
 def _prompt(decoder: Decoder, row: dict[str, Any]) -> Tensor:
@@ -313,6 +328,15 @@ def frontier_table(points: Sequence[dict[str, Any]]) -> Table:
             *([_kept(p)] if scored else []),
         )
     return table
+
+
+def gain(policy: Policy) -> str:
+    """What relaxing gives beside exact decoding with the same tree, in words."""
+    measured = policy.measured
+    speedup, span = measured["chosen_over_exact"]["speedup"], measured["chosen_over_exact"]["ci95"]
+    within = f" [{span[0]:.2f}, {span[1]:.2f}]" if span else ""
+    words = f"{policy.relaxed.label} has {speedup:.2f}{within} times the tokens/s of exact decoding with its tree"
+    return words if span and span[0] > 1 else f"{words}: no gain that {measured['prompts']} prompts can show"
 
 
 def _kept(point: dict[str, Any]) -> str:

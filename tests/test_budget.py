@@ -112,6 +112,20 @@ def test_of_points_as_fast_as_the_fastest_the_one_that_accepts_most_is_chosen():
     assert Budget("regret", 0.02).choose([fastest, erratic]) is fastest
 
 
+def test_fidelity_that_buys_no_longer_rounds_is_not_spent():
+    def ran(rule: Verifier, tau: float, regret: float) -> Point:
+        return replace(MARS, rule=rule, tau=tau, regret=regret)
+
+    tight, middle, loose = (
+        ran(rule, *gave) for rule, gave in zip(RULES, ((1.8, 0.001), (1.97, 0.01), (2.0, 0.02)), strict=True)
+    )
+    budget = Budget("regret", 0.02)
+    assert budget.choose([EXACT, tight, middle, loose]) is middle
+    assert budget.choose([EXACT, tight, loose]) is loose  # whose rounds are longer by a tenth
+    longer = replace(EXACT, tau=1.51)
+    assert Budget().choose([EXACT, longer, loose]) is longer  # nothing to lose: the longest
+
+
 def test_a_point_says_what_it_is():
     point = Point(FEW[1], Verifier("mars", "margin", 0.5, rank=3, per_round=1), 10.0, 1.5, 0.01, 0.1, "cost")
     assert point.label == "mars margin 0.5, rank 3, 1 a round, depth 2, top-k 2, 6 nodes, cost"

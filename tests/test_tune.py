@@ -17,7 +17,7 @@ from slipstream.decode.policy import Policy
 from slipstream.decode.recorder import record
 from slipstream.decode.trace import Trace
 from slipstream.decode.tree import TreeShape
-from slipstream.decode.tune import LARGEST, SHAPES, frontier, predict, tune
+from slipstream.decode.tune import LARGEST, SHAPES, frontier, gain, predict, tune
 from slipstream.decode.verify import Verifier
 from slipstream.distill.heads import save_head
 from slipstream.distill.target import load_target
@@ -116,6 +116,16 @@ def test_the_chosen_policy_was_run_and_keeps_to_the_budget(decoder, budget):
     exact = [row for row in rows if row["confirmed"] and row["lossless"]]
     assert exact
     assert all(row["agreement"] == 1 and row["mean_regret_nats"] == 0 for row in exact)
+    here = policy.measured["exact"]  # what exact decoding gives with the very tree that was chosen
+    assert here["lossless"]
+    assert here["label"].partition(", depth")[2] == chosen["label"].partition(", depth")[2]
+    assert here in [{**row, "chosen": here["chosen"]} for row in exact]
+    over = policy.measured["chosen_over_exact"]
+    assert over["speedup"] == pytest.approx(chosen["tokens_per_second"] / here["tokens_per_second"], rel=0.01)
+    if limit.kind != "strict":  # all three thresholds ran on the tree that was chosen
+        assert "times the tokens/s of exact decoding with its tree" in gain(policy)
+        tried = [row["label"] for row in rows if row["confirmed"] and row["label"].endswith(here["label"][5:])]
+        assert len(tried) == 1 + len(rules)
     for ratios in (policy.measured["confirmed_over_predicted"], policy.measured["confirmed_over_predicted_tau"]):
         assert list(ratios) == ["exact", "chosen"]
         assert all(ratio > 0 for ratio in ratios.values())

@@ -206,7 +206,7 @@ def tune(
     from slipstream.configs.progress import console
     from slipstream.decode.budget import Budget
     from slipstream.decode.tasks import read_tasks, require_references, tuning_prompts
-    from slipstream.decode.tune import frontier_table
+    from slipstream.decode.tune import frontier_table, gain
     from slipstream.decode.tune import tune as search
     from slipstream.distill.heads import check_head
 
@@ -220,3 +220,5 @@ def tune(
     policy, points = search(decoder, rows, budget=limit, max_new_tokens=max_new_tokens, trace=trace)
     policy.save(draft)
     console.print(frontier_table(points))
+    if limit.kind != "strict":
+        console.print(gain(policy))
