@@ -12,7 +12,7 @@ from transformers.cache_utils import CacheLayerMixin
 from slipstream.decode.transfer import to_device
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
 _BLOCK = 256  # buffers grow by this many tokens
 
@@ -197,7 +197,9 @@ class TreeCache(Cache):
 
     def commit(self, paths: Sequence[Sequence[int]]) -> None:
         """Keep the tentative tokens at `paths` (of each row, indices behind the committed ones, ascending), drop the rest."""
-        if any(list(path) != list(range(len(path))) for path in paths):
+        if len(paths) == 1:
+            self._move(paths[0])
+        elif any(list(path) != list(range(len(path))) for path in paths):
             width = max(len(path) for path in paths)
             padded = [[*path, *range(len(path), width)] for path in paths]
             start = self.rows.tensor[:, None]
@@ -207,6 +209,13 @@ class TreeCache(Cache):
                 layer.move(source, target)
         self.rows.set([n + len(path) for n, path in zip(self.lengths, paths, strict=True)])
         self.rollback()
+
+    def _move(self, path: Sequence[int]) -> None:
+        """Close the gaps before the tentative tokens at `path` of the only row, in all layers at once."""
+        buffers = [buffer for layer in self.layers for buffer in (layer.keys, layer.values)]
+        for source, target, count in _moves(path, self.lengths[0]):
+            into = [buffer[:, :, target : target + count] for buffer in buffers]
+            torch._foreach_copy_(into, [buffer[:, :, source : source + count] for buffer in buffers])
 
     def commit_first(self, counts: Sequence[int]) -> None:
         """Keep the first `counts[b]` tentative tokens of row b."""
@@ -240,6 +249,21 @@ class TreeCache(Cache):
             if layer.is_initialized:
                 layer.keys.zero_()  # what is masked must be finite all the same
                 layer.values.zero_()
+
+
+def _moves(path: Sequence[int], start: int) -> Iterator[tuple[int, int, int]]:
+    """Source, target and count of the copies that bring `path` (ascending) into its first slots, all behind `start`.
+
+    In this order nothing is overwritten before it is read, and no copy overlaps itself.
+    """
+    place = 0
+    while place < len(path):
+        gap, count = path[place] - place, 1
+        while count < gap and place + count < len(path) and path[place + count] == path[place] + count:
+            count += 1
+        if gap:
+            yield start + path[place], start + place, count
+        place += count
 
 
 class FixedCaches:

@@ -60,6 +60,7 @@ class LogitEvidence:
         self.tree = tree
         self.logits = logits
         self._rows = torch.arange(len(logits), device=logits.device)
+        self._best: Tensor | None = None  # the largest that were asked for so far
 
     @cached_property
     def _largest(self) -> tuple[Tensor, Tensor]:
@@ -88,10 +89,16 @@ class LogitEvidence:
         return -(p * p.clamp(min=1e-9).log()).sum(-1)
 
     def best(self, count: int) -> Tensor:
-        return self.logits.topk(min(count, self.logits.shape[-1])).values.float()
+        count = min(count, self.logits.shape[-1])
+        if self._best is None or self._best.shape[-1] < count:
+            self._best = self.logits.topk(count).values.float()
+        return self._best[..., :count]
 
     def margins(self, path: Tensor) -> Tensor:
-        pair = self.logits[self._rows[:, None], path].topk(2).values.float()
+        if self._best is None:
+            pair = self.logits[self._rows[:, None], path].topk(2).values.float()
+        else:
+            pair = self.best(2)[self._rows[:, None], path]
         return pair[..., 0] - pair[..., 1]
 
     def at(self, nodes: Tensor, tokens: Tensor) -> Tensor:

@@ -68,8 +68,7 @@ def admit(
     depths = tree.depths.double()
     if not verifier.lossless:
         regrets = (evidence.top.gather(1, tree.parents) - evidence.own).double().masked_fill(~relaxed, 0.0)
-        count = (lines.double() @ relaxed.double()[:, :, None])[..., 0]
-        cost = (lines.double() @ regrets[:, :, None])[..., 0]
+        count, cost = (lines.double() @ torch.stack([relaxed.double(), regrets], -1)).unbind(-1)  # on the way there
         used = to_device([[s.relaxed, s.regret] for s in spent], lines.device, torch.float64)
         reached &= (count <= verifier.per_round) & (count + used[:, :1] <= verifier.per_request)
         reached &= (cost + used[:, 1:] <= verifier.regret) | (count == 0)

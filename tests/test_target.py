@@ -4,6 +4,8 @@ import shutil
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from tiny import ARCHITECTURES, VOCAB, greedy, tiny_head, tiny_target
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -69,6 +71,24 @@ def test_committing_paths_equals_having_run_only_those_paths():
     cache.keep([1])
     again = target.forward(torch.tensor([[41]]), position_ids=torch.tensor([[5]]), cache=cache)
     torch.testing.assert_close(again.logits[0], after.logits[1], rtol=1e-4, atol=1e-4)
+
+
+@given(st.sets(st.integers(1, 15)), st.integers(0, 3))
+def test_one_row_is_committed_as_the_rows_of_a_batch_are(nodes, committed):
+    path, states = [0, *sorted(nodes)], torch.arange(3 * 20 * 2.0).view(1, 3, 20, 2)
+    alone, batch = TreeCache(2, batch=1), TreeCache(2, batch=2)
+    for cache in (alone, batch):
+        for first, count, taken in ((0, committed, [*range(committed)]), (committed, 16, path)):
+            for layer in cache.layers:
+                new = states[:, :, first : first + count].expand(len(cache.lengths), -1, -1, -1)
+                layer.update(new, -new)
+            cache.commit([taken] * len(cache.lengths))
+        assert cache.lengths == [committed + len(path)] * len(cache.lengths)
+    kept = [*range(committed), *(committed + node for node in path)]
+    for mine, theirs in zip(alone.layers, batch.layers, strict=True):
+        for ours, others, sign in ((mine.keys, theirs.keys, 1), (mine.values, theirs.values, -1)):
+            assert torch.equal(ours[:, :, : len(kept)], sign * states[:, :, kept])
+            assert torch.equal(ours[:, :, : len(kept)], others[:1, :, : len(kept)])
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
