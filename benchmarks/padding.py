@@ -1,24 +1,30 @@
 """What padding costs: its share of the tokens of micro-batches, by the batches whose conversations are sorted together.
 
     python benchmarks/padding.py
+    python benchmarks/padding.py --rounds 3
 
-The conversations are those that ship with the package, and made-up ones of lengths far apart. No model is run.
+The conversations are those that ship with the package, and made-up ones of lengths far apart. No model is run, unless
+`--rounds` asks what training gains where conversations are packed instead.
 """
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 from datasets import Dataset
 from jsonargparse import auto_cli
 
-from slipstream.configs.recipe import DataSettings
+from slipstream.configs.recipe import DataSettings, DistillSettings, HeadSettings
 from slipstream.data import batches
-from slipstream.data.batches import Batches
+from slipstream.data.batches import POOL, Batches
 from slipstream.data.conversations import load
 from slipstream.distill.gguf import EMBEDDED
-from slipstream.distill.target import load_tokenizer
+from slipstream.distill.heads import new_head
+from slipstream.distill.target import load_target, load_tokenizer
+from slipstream.distill.unroll import Distillation, labelled_rows
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -43,11 +49,45 @@ def padding(tokens: Dataset, batch_tokens: int, pool: int, seeds: Iterable[int] 
     return float(np.mean(shares))
 
 
-def main(pools: list[int] = [1, 16, 64, 256]) -> None:  # noqa: B006 (jsonargparse copies defaults)
-    """Print a Markdown table.
+def trained(module: Distillation, batches: Batches) -> float:
+    """Tokens per second of an epoch of training steps, the target's forwards included; padding does not count."""
+    decay = torch.tensor([0.8**k for k in range(module.settings.steps)])
+    begun = time.perf_counter()
+    for index in range(batches.per_epoch):
+        batch = batches[index]
+        scale = decay / (labelled_rows(batch.mask, len(decay), batch.starts) * decay).sum()
+        captured = module.target.capture(batch.input_ids, batch.starts)
+        loss, _ = module(batch.input_ids, batch.mask, scale, captured, None, batch.starts)
+        loss.backward()
+        module.zero_grad()
+    return float(batches.lengths.sum() / (time.perf_counter() - begun))
+
+
+def compared(rounds: int, conversations: int) -> None:
+    """Print a Markdown table of epochs over the same conversations, padded and packed, which take turns."""
+    print("\n| conversations | max_length | batch_tokens | padded, tokens/s | packed, tokens/s | packed over padded |")
+    print("|---|--:|--:|--:|--:|--:|")
+    target = load_target(EMBEDDED)
+    head = new_head(target, torch.arange(8192), HeadSettings(), seed=0).train()
+    module = Distillation(head, target, DistillSettings(), autocast=True)
+    for max_length, batch_tokens in SETTINGS[:2]:
+        tokens = load(DataSettings(max_length=max_length), target.chat_tokenizer).select(range(conversations))
+        kinds = [Batches(tokens, batch_tokens, 0, packed=packed) for packed in (False, True)]
+        speeds = np.array([[trained(module, batches) for batches in kinds] for _ in range(rounds)])
+        ratios = speeds[:, 1] / speeds[:, 0]
+        cells = [f"{speed:.0f}" for speed in np.median(speeds, 0)]
+        cells += [f"{np.median(ratios):.2f} [{ratios.min():.2f}, {ratios.max():.2f}]"]
+        print(f"| {conversations} shipped | {max_length} | {batch_tokens} | {' | '.join(cells)} |", flush=True)
+
+
+def main(pools: list[int] = [1, 16, 64, 256], rounds: int = 0, conversations: int = 64) -> None:  # noqa: B006 (jsonargparse copies defaults)
+    """Print Markdown tables.
 
     Args:
         pools: Batches whose conversations are sorted together.
+        rounds: Times that the embedded target's head is trained on shipped conversations, padded and packed; medians are
+            told, and the range of the ratios. 0 leaves that out.
+        conversations: How many of them.
     """
     print(f"| conversations | max_length | batch_tokens | {' | '.join(f'pool of {pool}' for pool in pools)} |")
     print(f"|---|--:|--:|{'--:|' * len(pools)}")
@@ -58,6 +98,9 @@ def main(pools: list[int] = [1, 16, 64, 256]) -> None:  # noqa: B006 (jsonargpar
             tokens = load(data, tokenizer) if name == "shipped" else drawn(4000, max_length)
             shares = (f"{padding(tokens, batch_tokens, pool):.1%}" for pool in pools)
             print(f"| {name} | {max_length} | {batch_tokens} | {' | '.join(shares)} |", flush=True)
+    if rounds:
+        batches.POOL = POOL
+        compared(rounds, conversations)
 
 
 if __name__ == "__main__":

@@ -26,8 +26,8 @@ class _Stored(Target):
 
     kept_in = "bfloat16"
 
-    def capture(self, input_ids: Tensor) -> Captured:
-        return decode(encode(super().capture(input_ids), self.kept_in), self.dtype)
+    def capture(self, input_ids: Tensor, starts: Tensor | None = None) -> Captured:
+        return decode(encode(super().capture(input_ids, starts), self.kept_in), self.dtype)
 
 
 def _answers(

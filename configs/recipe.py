@@ -56,7 +56,9 @@ class DataSettings:
         features: A store that `slipstream capture` wrote: training reads its conversations and the target's states of
             them there, and `conversations` is not read; None runs the target.
         max_length: Longer conversations are cut, tokens.
-        batch_tokens: Padded tokens per micro-batch and process.
+        batch_tokens: Tokens per micro-batch and process, padding included.
+        packed: Put conversations of any length one behind the other into a micro-batch, kept apart by masks, instead of
+            padding ones of similar length.
         batches: Learn from this many micro-batches only, over and over; None takes all the data.
     """
 
@@ -67,6 +69,7 @@ class DataSettings:
     features: str | None = None
     max_length: int = 512
     batch_tokens: int = 1024
+    packed: bool = False
     batches: int | None = None
 
     def __post_init__(self) -> None:

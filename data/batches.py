@@ -1,4 +1,4 @@
-"""Micro-batches of whole conversations: of similar length, padded on the right, in an order the seed fixes."""
+"""Micro-batches of whole conversations, in an order the seed fixes: of similar length and padded, or packed into one row."""
 
 from __future__ import annotations
 
@@ -15,10 +15,21 @@ POOL = 64  # conversations of a pool of this many batches are sorted by length
 
 
 class Batch(NamedTuple):
-    """`input_ids` [B, L] padded on the right with 0, and the assistant's `mask`, bool [B, L]."""
+    """Conversations, one a row and padded on the right with 0, or all in one row.
+
+    Attributes:
+        input_ids: [B, L].
+        mask: The assistant's tokens, bool [B, L].
+        starts: Where each token's conversation begins in its row, [1, L]; None where every row is one.
+    """
 
     input_ids: Tensor
     mask: Tensor
+    starts: Tensor | None = None
+
+    def to(self, device: torch.device) -> Batch:
+        """The batch on a device."""
+        return Batch(*(None if values is None else values.to(device) for values in self))  # type: ignore[arg-type]
 
 
 class Batches:
@@ -29,16 +40,20 @@ class Batches:
 
     Args:
         tokens: `input_ids` and `mask` per row.
-        batch_tokens: Padded tokens of a batch, at most, unless one row alone is longer.
+        batch_tokens: Tokens of a batch, padding included, at most, unless one row alone is longer.
         seed: Of the order.
         limit: Use only the first epoch's first batches, as they are, in a new order every pass; None uses all, and
             puts them together anew every epoch.
+        packed: Put conversations of any length into one row, instead of padding ones of similar length.
     """
 
-    def __init__(self, tokens: Dataset, batch_tokens: int, seed: int, limit: int | None = None) -> None:
+    def __init__(
+        self, tokens: Dataset, batch_tokens: int, seed: int, limit: int | None = None, *, packed: bool = False
+    ) -> None:
         self.tokens = tokens
         self.batch_tokens = batch_tokens
         self.seed = seed
+        self.packed = packed
         self.lengths = np.array([len(ids) for ids in tokens["input_ids"]])
         self._epochs: dict[int, list[list[int]]] = {}
         whole = len(self._plan(0))
@@ -52,8 +67,9 @@ class Batches:
             order = draw.permutation(len(self.lengths))
             pool = POOL * max(1, self.batch_tokens // int(self.lengths.max()))
             plan: list[list[int]] = []
+            fill = fit if self.packed else group
             for start in range(0, len(order), pool):
-                plan += group(order[start : start + pool], self.lengths, self.batch_tokens)
+                plan += fill(order[start : start + pool], self.lengths, self.batch_tokens)
             self._epochs = {epoch: [plan[i] for i in draw.permutation(len(plan))]}
         return self._epochs[epoch]
 
@@ -73,7 +89,7 @@ class Batches:
         return plan[place % len(plan)]
 
     def __getitem__(self, index: int) -> Batch:
-        return collate(self.tokens, self.rows(index))
+        return (join if self.packed else collate)(self.tokens, self.rows(index))
 
 
 def group(rows: np.ndarray, lengths: np.ndarray, batch_tokens: int) -> list[list[int]]:
@@ -92,6 +108,36 @@ def group(rows: np.ndarray, lengths: np.ndarray, batch_tokens: int) -> list[list
             batch = []
         batch.append(row)
     return [*batches, batch]
+
+
+def fit(rows: np.ndarray, lengths: np.ndarray, batch_tokens: int) -> list[list[int]]:
+    """Batches of rows of at most `batch_tokens` tokens together: the longest row first, each where it leaves least room.
+
+    Args:
+        rows: Indices into `lengths`.
+        lengths: Tokens of every row of the data set.
+        batch_tokens: As in `Batches`.
+    """
+    batches: list[list[int]] = []
+    rooms: list[int] = []
+    for row in rows[np.argsort(-lengths[rows], kind="stable")].tolist():
+        length = int(lengths[row])
+        room, place = min(((room, i) for i, room in enumerate(rooms) if room >= length), default=(0, len(batches)))
+        if place == len(batches):
+            batches.append([])
+            rooms.append(room := max(batch_tokens, length))
+        batches[place].append(row)
+        rooms[place] = room - length
+    return batches
+
+
+def join(tokens: Dataset, rows: list[int]) -> Batch:
+    """The packed batch of the given rows, [1, L]."""
+    picked = [tokens[i] for i in rows]
+    ids, mask = (torch.cat([torch.as_tensor(row[name]) for row in picked]) for name in ("input_ids", "mask"))
+    lengths = torch.tensor([len(row["input_ids"]) for row in picked])
+    starts = (lengths.cumsum(0) - lengths).repeat_interleave(lengths)
+    return Batch(ids.long()[None], mask.bool()[None], starts[None])
 
 
 def collate(tokens: Dataset, rows: list[int]) -> Batch:

@@ -11,6 +11,10 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 
+_Starts = tuple["Tensor", "list[int]"]
+"""Where each row's conversation begins, [1, L], on the device and on the host."""
+
+
 def block_size(device: str) -> int:
     """Queries of a block: on a CPU its scores stay in a core's cache, elsewhere there are fewer launches."""
     return 64 if device == "cpu" else 512
@@ -24,9 +28,14 @@ class UnrollAttention:
 
     Nothing [L, L] is ever held: scores exist for one block of queries at a time, and are made again on the way back.
     Padding must stand on the right, where causality alone hides it from the real rows.
+
+    Args:
+        starts: Where each row's conversation begins, [1, L], where several stand one behind the other: step 0's keys before
+            it are not seen. None where all are one.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, starts: Tensor | None = None) -> None:
+        self._starts = None if starts is None else (starts, starts[0].tolist())
         self._steps: dict[int, tuple[list[Tensor], list[Tensor]]] = {}  # keys and values of a layer
 
     @torch.compiler.disable  # keeps a state, and its blocks are of many lengths
@@ -43,7 +52,7 @@ class UnrollAttention:
         keys, values = self._steps.setdefault(layer, ([], []))
         keys.append(key)
         values.append(value)
-        out: Tensor = _Blocked.apply(query, keys[0], values[0], _stacked(keys), _stacked(values))
+        out: Tensor = _Blocked.apply(query, keys[0], values[0], _stacked(keys), _stacked(values), self._starts)
         return out
 
 
@@ -59,46 +68,52 @@ class _Blocked(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, starts: _Starts | None
+    ) -> Tensor:
         ctx.save_for_backward(query, key, value, keys, values)
+        ctx.starts = starts
         out = torch.empty_like(query)
         grouped = out.unflatten(1, (key.shape[1], -1))
-        for at, weights, _ in _weights(query, key, keys):
-            causal, own = weights.to(value.dtype).split([at.stop, len(keys)], -1)
-            grouped[:, :, :, at] = _product(causal, value[:, :, : at.stop])
+        for at, seen, weights, _ in _weights(query, key, keys, starts):
+            causal, own = weights.to(value.dtype).split([seen.stop - seen.start, len(keys)], -1)
+            grouped[:, :, :, at] = _product(causal, value[:, :, seen])
             grouped[:, :, :, at] += (own.movedim(-1, 0)[..., None] * values[:, :, :, None, at]).sum(0)
         return out
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         query, key, value, keys, values = ctx.saved_tensors
         scale = query.shape[-1] ** -0.5
         grad = grad.unflatten(1, (key.shape[1], -1))
         grad_query, grad_keys, grad_values = torch.empty_like(grad), torch.empty_like(keys), torch.empty_like(values)
         grad_key, grad_value = (torch.zeros_like(x, dtype=torch.float32) for x in (key, value))
-        for at, weights, block in _weights(query, key, keys):
+        for at, seen, weights, block in _weights(query, key, keys, ctx.starts):
             slope = grad[:, :, :, at]
-            down = _scores(slope, value, values, at)
+            down = _scores(slope, value, values, at, seen)
             down -= (weights * down).sum(-1, keepdim=True)
             down *= weights
             (causal, own), (down, own_down) = (
-                x.to(value.dtype).split([at.stop, len(keys)], -1) for x in (weights, down)
+                x.to(value.dtype).split([seen.stop - seen.start, len(keys)], -1) for x in (weights, down)
             )
-            grad_value[:, :, : at.stop] += causal.flatten(2, 3).transpose(-1, -2) @ slope.flatten(2, 3)
-            grad_key[:, :, : at.stop] += down.flatten(2, 3).transpose(-1, -2) @ block.flatten(2, 3)
+            grad_value[:, :, seen] += causal.flatten(2, 3).transpose(-1, -2) @ slope.flatten(2, 3)
+            grad_key[:, :, seen] += down.flatten(2, 3).transpose(-1, -2) @ block.flatten(2, 3)
             grad_values[:, :, :, at] = (own.movedim(-1, 0)[..., None] * slope).sum(3)
             own_down = own_down.movedim(-1, 0)[..., None]
             grad_keys[:, :, :, at] = (own_down * block).sum(3)
-            grad_query[:, :, :, at] = _product(down, key[:, :, : at.stop])
+            grad_query[:, :, :, at] = _product(down, key[:, :, seen])
             grad_query[:, :, :, at] += (own_down * keys[:, :, :, None, at]).sum(0)
         grad_query *= scale
-        return grad_query.flatten(1, 2), grad_key.to(key.dtype), grad_value.to(value.dtype), grad_keys, grad_values
+        grads = (grad_query.flatten(1, 2), grad_key.to(key.dtype), grad_value.to(value.dtype), grad_keys, grad_values)
+        return *grads, None
 
 
-def _weights(query: Tensor, key: Tensor, keys: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Block by block: its rows, what they give to the causal keys up to its end and to their own, and its scaled queries.
+def _weights(
+    query: Tensor, key: Tensor, keys: Tensor, starts: _Starts | None
+) -> Iterator[tuple[slice, slice, Tensor, Tensor]]:
+    """Block by block: its rows, the causal keys they see, what they give to these and to their own, its scaled queries.
 
-    Weights are fp32 [B, groups, heads of a group, block, stop + k].
+    Weights are fp32 [B, groups, heads of a group, block, seen + k].
     """
     query = (query * query.shape[-1] ** -0.5).unflatten(1, (key.shape[1], -1))
     length = query.shape[3]
@@ -108,16 +123,21 @@ def _weights(query: Tensor, key: Tensor, keys: Tensor) -> Iterator[tuple[slice, 
         at = slice(start, min(start + size, length))
         block = query[:, :, :, at]
         rows = block.shape[3]
-        scores = _scores(block, key, keys, at)
-        scores[..., start : at.stop].masked_fill_(future[:rows, :rows], float("-inf"))
-        yield at, torch.softmax(scores, -1), block
+        seen = slice(0 if starts is None else starts[1][start], at.stop)
+        scores = _scores(block, key, keys, at, seen)
+        scores[..., start - seen.start : seen.stop - seen.start].masked_fill_(future[:rows, :rows], float("-inf"))
+        if starts is not None:
+            before = torch.arange(seen.start, seen.stop, device=query.device) < starts[0][0, at, None]
+            scores[..., : before.shape[1]].masked_fill_(before, float("-inf"))
+        yield at, seen, torch.softmax(scores, -1), block
 
 
-def _scores(block: Tensor, causal: Tensor, own: Tensor, at: slice) -> Tensor:
-    """Products of a block's rows with causal vectors up to its end and with their own k, fp32 [.., block, stop + k]."""
-    scores = block.new_empty(*block.shape[:-1], at.stop + len(own), dtype=torch.float32)
-    scores[..., : at.stop] = _product(block, causal[:, :, : at.stop].transpose(-1, -2))
-    scores[..., at.stop :] = (block * own[:, :, :, None, at]).sum(-1).movedim(0, -1)
+def _scores(block: Tensor, causal: Tensor, own: Tensor, at: slice, seen: slice) -> Tensor:
+    """Products of a block's rows with the causal vectors they see and with their own k, fp32 [.., block, seen + k]."""
+    count = seen.stop - seen.start
+    scores = block.new_empty(*block.shape[:-1], count + len(own), dtype=torch.float32)
+    scores[..., :count] = _product(block, causal[:, :, seen].transpose(-1, -2))
+    scores[..., count:] = (block * own[:, :, :, None, at]).sum(-1).movedim(0, -1)
     return scores
 
 

@@ -7,7 +7,8 @@ for a few tokens behind a context it is the faster one (benchmarks/forward.py). 
 from __future__ import annotations
 
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,11 +18,31 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from slipstream.distill.attention import block_size
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
 BLOCK = block_size("cpu")
 FEW = 64
 """Queries below which torch's kernel is the faster one."""
+
+
+class _Texts(NamedTuple):
+    """Several texts in one row.
+
+    Attributes:
+        spans: Their places.
+        causal: Addresses of masks that hide nothing of a text but its future.
+    """
+
+    spans: list[slice]
+    causal: set[int]
+
+    @classmethod
+    def of(cls, starts: Tensor, masks: Sequence[Tensor]) -> _Texts:
+        first = starts[0].unique_consecutive()
+        ends = torch.cat([first[1:], first.new_tensor([starts.shape[1]])])
+        # A sliding window hides the first token from the last, if it hides anything.
+        causal = {mask.data_ptr() for mask in masks if bool((mask[0, 0, ends - 1, first] == 0).all())}
+        return cls([slice(begin, end) for begin, end in zip(first.tolist(), ends.tolist(), strict=True)], causal)
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, *, causal: bool) -> Tensor:
@@ -71,10 +92,20 @@ def _attention(
     dropout: float = 0.0,
     scaling: float | None = None,
     is_causal: bool | None = None,
+    texts: _Texts | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """As transformers' `sdpa_attention_forward`, which takes what is not for us."""
+    """As transformers' `sdpa_attention_forward`, which takes what is not for us; of several texts in a row, one by one."""
     special = kwargs.get("position_bias") is not None or kwargs.get("cache") is not None
+    if texts is not None and attention_mask is not None and not special:
+        apart = attention_mask.data_ptr() in texts.causal  # no model has added anything of its own
+        parts = []
+        for at in texts.spans:
+            q, k, v = query[:, :, at], key[:, :, at], value[:, :, at]
+            mask = None if apart else attention_mask[..., at, at]
+            part, _ = _attention(module, q, k, v, mask, dropout, scaling, apart or is_causal, **kwargs)
+            parts.append(part)
+        return torch.cat(parts, 1), None
     few = query.shape[2] < FEW
     if query.device.type != "cpu" or few or dropout or special or kwargs.get("softcap") is not None:
         return sdpa_attention_forward(
@@ -88,9 +119,15 @@ def _attention(
 
 
 @contextmanager
-def used() -> Iterator[None]:
-    """Let a model of transformers whose attention is `sdpa` run through this, within a block."""
-    ALL_ATTENTION_FUNCTIONS["sdpa"] = _attention
+def used(starts: Tensor | None = None, masks: Sequence[Tensor] = ()) -> Iterator[None]:
+    """Let a model of transformers whose attention is `sdpa` run through this, within a block.
+
+    Args:
+        starts: Where each token's text begins, [1, L], where a row holds several: none is then looked at from another.
+        masks: What keeps them apart, as the model is given it: added to the scores, [1, 1, L, L].
+    """
+    texts = None if starts is None else _Texts.of(starts, masks)
+    ALL_ATTENTION_FUNCTIONS["sdpa"] = partial(_attention, texts=texts)
     try:
         yield
     finally:

@@ -46,7 +46,9 @@ class OnlineFeatures:
 
     def _capture(self, batch: Batch) -> Captured:
         """States where the batch is; a target that is spread over devices leaves them on its last."""
-        return Captured(*(values.to(batch.input_ids.device) for values in self.target.capture(batch.input_ids)))
+        return Captured(
+            *(values.to(batch.input_ids.device) for values in self.target.capture(batch.input_ids, batch.starts))
+        )
 
 
 class StoredFeatures:
@@ -70,4 +72,4 @@ class StoredFeatures:
         return Captured(*(values.to(batch.input_ids.device) for values in coming.result()))
 
     def _read(self, index: int) -> Future[Captured]:
-        return self._pool.submit(self.store.batch, self.batches.rows(index))
+        return self._pool.submit(self.store.batch, self.batches.rows(index), self.batches.packed)

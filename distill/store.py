@@ -217,9 +217,11 @@ class Store:
             raise damaged(place, f"the states of conversation {row + 1} do not match their checksum")
         return decode(states, self._dtype)
 
-    def batch(self, rows: Sequence[int]) -> Captured:
-        """States of several conversations, [B, L, A * Ht] and [B, L, Ht], with zeros behind the shorter ones."""
+    def batch(self, rows: Sequence[int], packed: bool = False) -> Captured:
+        """States of several conversations, [B, L, A * Ht] and [B, L, Ht], with zeros behind the shorter ones, or packed."""
         parts = [self.read(row) for row in rows]
+        if packed:
+            return Captured(*(torch.cat(states)[None] for states in zip(*parts, strict=True)))
         padded = (
             torch.nn.utils.rnn.pad_sequence(list(states), batch_first=True) for states in zip(*parts, strict=True)
         )

@@ -218,10 +218,27 @@ class Target:
             return TargetOutput(*self._run(input_ids, mask, position_ids, cache, logits_to_keep, features))
 
     @torch.no_grad()
-    def capture(self, input_ids: Tensor) -> Captured:
-        """Run the target over whole texts [B, L], padded on the right, for training: everything but the output layer."""
-        with blocks.used():
-            out = self.model.base_model(input_ids=input_ids, use_cache=False, output_hidden_states=True)
+    def capture(self, input_ids: Tensor, starts: Tensor | None = None) -> Captured:
+        """Run the target over whole texts for training: everything but the output layer.
+
+        Args:
+            input_ids: [B, L], padded on the right, or several texts in one row.
+            starts: Where each token's text begins in that row, [1, L]; None where every row is one.
+        """
+        mask, positions, masks = None, None, []
+        if starts is not None:
+            at = torch.arange(input_ids.shape[1], device=input_ids.device)
+            positions = at - starts
+            mask = self._mask((at <= at[:, None]) & (at >= starts[:, :, None]), positions, None)
+            masks = [*mask.values()] if isinstance(mask, dict) else [mask]
+        with blocks.used(starts, masks):
+            out = self.model.base_model(
+                input_ids=input_ids,
+                attention_mask=mask,
+                position_ids=positions,
+                use_cache=False,
+                output_hidden_states=True,
+            )
         return Captured(self._features(out.hidden_states, out.last_hidden_state.device), out.last_hidden_state)
 
     @torch.no_grad()
@@ -279,8 +296,8 @@ class Target:
         full = self._additive(visible)
         if not window or kinds == {"full_attention"} or not getattr(self.config, "use_sliding_window", True):
             return full if len(kinds) < 2 else dict.fromkeys(kinds, full)
-        assert position_ids is not None and cache is not None
-        keys = cache.place(position_ids)  # type: ignore[attr-defined]  # a TreeCache
+        assert position_ids is not None
+        keys = position_ids if cache is None else cache.place(position_ids)  # type: ignore[attr-defined]  # a TreeCache
         near = position_ids[:, :, None] - keys[:, None, :] < window
         sliding = self._additive(visible & near)
         if len(kinds) < 2:

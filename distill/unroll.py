@@ -46,15 +46,18 @@ class Unrolled:
     positions: tuple[Tensor, Tensor]
 
 
-def _rows(mask: Tensor) -> Tensor:
-    """Rows that predict an assistant token at the first step, as flat indices into [B, L].
+def _labelled(mask: Tensor, starts: Tensor | None, step: int) -> Tensor:
+    """Rows that predict an assistant token of their own conversation at an unroll step, bool [B, L].
 
-    The mask belongs to the predicted token: row p predicts token p+2. Worked example: mask 0 0 0 1 1 (tokens 3 and 4 are
-    the assistant's) makes rows 1 and 2 count, and row 1 is the first draft after the prompt.
+    The mask belongs to the predicted token: at step k row p predicts token p+2+k. Worked example: mask 0 0 0 1 1 (tokens 3
+    and 4 are the assistant's) makes rows 1 and 2 count at step 0, and row 1 is the first draft after the prompt.
     """
-    shifted = torch.zeros_like(mask)
-    shifted[:, :-2] = mask[:, 2:]
-    return shifted.flatten().nonzero().squeeze(1)
+    out, count = torch.zeros_like(mask), mask.shape[1] - 2 - step
+    if count > 0:
+        out[:, :count] = mask[:, 2 + step :]
+        if starts is not None:
+            out[:, :count] &= starts[:, 2 + step :] == starts[:, :count]
+    return out
 
 
 def unroll(
@@ -70,6 +73,7 @@ def unroll(
     relaxation: Relaxation | None = None,
     captured: Captured | None = None,
     generator: torch.Generator | None = None,
+    starts: Tensor | None = None,
 ) -> Unrolled:
     """Run the target and K draft steps over one batch of whole conversations.
 
@@ -79,7 +83,7 @@ def unroll(
     Args:
         head: The head in training.
         target: The frozen target.
-        input_ids: [B, L], padded on the right.
+        input_ids: [B, L], padded on the right, or several conversations in one row.
         mask: Bool [B, L], the assistant's tokens; False on padding.
         scale: Weights of the steps, [K].
         objective: Gives one value per row.
@@ -89,16 +93,19 @@ def unroll(
         relaxation: The rule that margin-aware objectives are for.
         captured: The target's features and hidden states of this batch; None runs the target.
         generator: Of the noise.
+        starts: Where each token's conversation begins in that row, [1, L]; None where every row is one.
     """
     head.borrow(target)
     steps, (batch, length) = len(scale), input_ids.shape
     device = input_ids.device
-    rows = _rows(mask)
+    valid = torch.stack([_labelled(mask, starts, k).flatten() for k in range(steps)])
+    rows = valid[0].nonzero().squeeze(1)
+    valid = valid[:, rows]  # [K, R], as all that follows
     # Teacher rows: token p+2+k is predicted by the target's logits at p+1+k, for all k.
-    at = torch.arange(length, device=device)
+    at = torch.arange(length, device=device) - (0 if starts is None else starts)  # [L], or [1, L]
     needed = torch.zeros(batch, length, dtype=torch.bool, device=device)
     needed[:, :-1] = mask[:, 1:]
-    captured = captured or target.capture(input_ids)
+    captured = captured or target.capture(input_ids, starts)
     states = captured.hidden[needed]
     with torch.autocast(device.type, enabled=False):  # the teacher has the target's own precision
         teacher = teach(target.logits, states, head.vocabulary(), head.t2d, relaxation)
@@ -108,13 +115,10 @@ def unroll(
     features = _noised(captured.features.to(head.fc.weight.dtype), noise, generator)
     embedded = head.embed(target.embeddings(input_ids).to(device))
     hidden = head.fuse(features).to(embedded.dtype)  # under autocast too the residual stream keeps its precision
-    attend = UnrollAttention()
+    attend = UnrollAttention(starts)
     row_b, row_p = rows // length, rows % length
-    lasting = _labelled(mask, row_b, row_p, steps)
     position = row_p + 1 + torch.arange(steps, device=device)[:, None]  # the target's row that predicts the same token
-    pick = torch.where(
-        position < length - 1, index[row_b, position.clamp(max=length - 1)], -1
-    )  # [K, R], as all that follows
+    pick = index[row_b, position.clamp(max=length - 1)].where(valid, 0)
     outputs = []
     for k in range(steps):
         embedding = _shift(embedded, 1 + k)
@@ -122,7 +126,6 @@ def unroll(
             embedding, hidden = head.masks(batch, length)
         hidden = head(embedding, hidden, (at + k).expand(batch, -1), attend)
         outputs.append(hidden[row_b, row_p])
-    valid, pick = pick >= 0, pick.clamp(min=0)
     counted = valid & teacher.covered[pick]
     output = torch.stack(outputs)
     weights = counted * scale[:, None]
@@ -134,6 +137,7 @@ def unroll(
         losses[counted] += distance.detach()
     hits = valid & (head.vocabulary()[guess].view_as(pick) == teacher.argmax[pick])
     survived = hits.cumprod(0)
+    lasting = valid.all(0)
     tried, kept = lasting.sum(), survived.sum(0)
     hit = (survived * lasting).sum(1)
     return Unrolled(total, losses.sum(1), counted.sum(1), hit, tried, kept, (row_b, row_p))
@@ -147,13 +151,13 @@ def _noised(features: Tensor, width: float, generator: torch.Generator | None) -
     return features + (drawn - 0.5) * width
 
 
-def labelled_rows(mask: Tensor, steps: int) -> Tensor:
-    """Rows that have a label at each unroll step, of a mask [B, L]; known before anything has run, [K].
+def labelled_rows(mask: Tensor, steps: int, starts: Tensor | None = None) -> Tensor:
+    """Rows that have a label at each unroll step, of a mask and `starts` as `unroll` takes them, [K]; before it has run.
 
     The target's top token may lie outside the draft vocabulary in some of them: these add nothing to the loss.
     """
-    length = mask.shape[1]
-    return torch.stack([(mask[:, 2 : max(2, length - k)] & mask[:, 2 + k :]).sum() for k in range(steps)])
+    first = _labelled(mask, starts, 0)
+    return torch.stack([(first & _labelled(mask, starts, k)).sum() for k in range(steps)])
 
 
 class Distillation(nn.Module):
@@ -175,6 +179,7 @@ class Distillation(nn.Module):
         scale: Tensor,
         captured: Captured | None = None,
         generator: torch.Generator | None = None,
+        starts: Tensor | None = None,
     ) -> tuple[Tensor, Unrolled]:
         """`unroll` over as many steps as `scale` [K] has weights: the weighted loss, and its parts without gradients."""
         with torch.autocast(input_ids.device.type, torch.bfloat16, enabled=self.autocast):
@@ -190,6 +195,7 @@ class Distillation(nn.Module):
                 relaxation=self.relaxation,
                 captured=captured,
                 generator=generator,
+                starts=starts,
             )
         return out.total, replace(out, total=out.total.detach())
 
@@ -200,17 +206,8 @@ def _feature_distance(output: Tensor, aim: Tensor) -> Tensor:
     return smooth_l1_loss(output.float() / size, aim.float() / size, reduction="none").mean(-1)
 
 
-def _labelled(mask: Tensor, row_b: Tensor, row_p: Tensor, steps: int) -> Tensor:
-    """Whether rows have all K labels: tokens p+2 .. p+1+K are the assistant's, [R]."""
-    length = mask.shape[1]
-    last = row_p + 1 + steps
-    run = mask.long().cumsum(1)
-    whole = run[row_b, last.clamp(max=length - 1)] - run[row_b, row_p + 1]
-    return (last < length) & (whole == steps)
-
-
 def _shift(x: Tensor, by: int) -> Tensor:
     """Row p of the result is row p + `by` of x [B, L, ..]; zeros come in at the end."""
     out = torch.zeros_like(x)
-    out[:, : x.shape[1] - by] = x[:, by:]
+    out[:, : max(0, x.shape[1] - by)] = x[:, by:]
     return out

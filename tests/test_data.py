@@ -268,6 +268,26 @@ def test_every_row_comes_once_in_an_epoch():
     assert [rows_in(even, epoch) for epoch in range(3)] == [Counter(range(13))] * 3
 
 
+def test_packed_batches_hold_every_row_once_and_little_else():
+    batches = Batches(rows_of(*LENGTHS), 24, seed=0, packed=True)
+    filled = [batches[i] for i in range(batches.per_epoch)]
+    seen = Counter(int(batch.input_ids[0, start]) - 1 for batch in filled for start in batch.starts[0].unique())
+    assert seen == Counter(range(len(LENGTHS)))
+    sizes = sorted(batch.input_ids.numel() for batch in filled)
+    assert sum(sizes) == sum(LENGTHS)  # no padding
+    assert sizes[-1] == 30  # of the row that is longer than a batch
+    assert max(sizes[:-1]) <= 24
+    assert len(sizes) == 1 + -(-(sum(LENGTHS) - 30) // 24)  # not one batch more than the tokens need
+    for batch in filled:
+        (ids,), (starts,) = batch.input_ids, batch.starts
+        assert torch.equal(ids, ids[starts])  # a row of these holds one number over and over
+        begins = torch.cat([torch.tensor([True]), ids[1:] != ids[:-1]])
+        assert torch.equal(starts == torch.arange(len(ids)), begins)
+    packed = batches[3]
+    assert packed.mask.shape == packed.input_ids.shape
+    assert Batches(rows_of(*LENGTHS), 24, seed=0)[3].starts is None
+
+
 def test_the_same_seed_gives_the_same_batches_in_whatever_order_they_are_asked_for():
     def ids(batches: Batches, order: range) -> dict[int, list[list[int]]]:
         return {i: batches[i].input_ids.tolist() for i in order}

@@ -62,9 +62,10 @@ def train(
     batch_tokens: int,
     store: Store | None = None,
     recipe: Recipe = RECIPE,
+    packed: bool = False,
 ) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
     """Metric rows and weights of a run."""
-    batches = Batches(tokens if store is None else store.tokens, batch_tokens, 0)
+    batches = Batches(tokens if store is None else store.tokens, batch_tokens, 0, packed=packed)
     run = Trainer(recipe, target, tiny_head(target, VOCAB).train(), batches, folder, store=store)
     return run.run(), run.head.state_dict()
 
@@ -83,6 +84,14 @@ def test_in_batches_of_other_shapes_losses_differ_by_the_targets_rounding_only(t
     store = stored(target, tokens, tmp_path / "store", batch_tokens=50)
     rows, _ = train(target, tokens, tmp_path / "online", batch_tokens=90)
     again, _ = train(target, tokens, tmp_path / "stored", batch_tokens=90, store=store)
+    assert [row["tokens"] for row in again] == [row["tokens"] for row in rows]
+    assert [row["loss"] for row in again] == pytest.approx([row["loss"] for row in rows], rel=0.01)
+
+
+def test_packed_batches_are_read_from_a_store_as_the_target_leaves_them(target, tokens, tmp_path):
+    store = stored(target, tokens, tmp_path / "store", batch_tokens=1)
+    rows, _ = train(target, tokens, tmp_path / "online", batch_tokens=90, packed=True)
+    again, _ = train(target, tokens, tmp_path / "stored", batch_tokens=90, store=store, packed=True)
     assert [row["tokens"] for row in again] == [row["tokens"] for row in rows]
     assert [row["loss"] for row in again] == pytest.approx([row["loss"] for row in rows], rel=0.01)
 

@@ -102,6 +102,19 @@ def test_logits_continue_from_the_captured_state_as_the_model_does(architecture)
     torch.testing.assert_close(target.forward(ids).logits, out.logits)  # and the model is itself again
 
 
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_several_texts_in_one_row_leave_the_states_each_leaves_alone(architecture):
+    target = tiny_target(architecture)
+    draw = torch.Generator().manual_seed(0)
+    lengths = (9, 70, 1, 12)  # short and long ones are attended to by different kernels
+    texts = [torch.randint(3, VOCAB, (length,), generator=draw) for length in lengths]
+    starts = torch.tensor([sum(lengths[:i]) for i in range(4)]).repeat_interleave(torch.tensor(lengths))
+    packed = target.capture(torch.cat(texts)[None], starts[None])
+    alone = [target.capture(text[None]) for text in texts]
+    for mine, theirs in zip(packed, zip(*alone, strict=True), strict=True):
+        torch.testing.assert_close(mine, torch.cat(theirs, 1), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "gpt_neox"])  # qwen2 and gpt_neox have biases
 def test_packed_weights_give_what_the_model_gives_and_leave_it_as_it_is(architecture):
     target = tiny_target(architecture)

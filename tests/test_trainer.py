@@ -123,7 +123,7 @@ def test_kept_features_train_to_the_weights_of_features_captured_anew(tmp_path):
     kept, anew = trainer(tmp_path / "kept", KEPT), trainer(tmp_path / "anew", online)
     calls = []
     capture = kept.target.capture
-    kept.target.capture = lambda ids: calls.append(1) or capture(ids)
+    kept.target.capture = lambda ids, starts: calls.append(1) or capture(ids, starts)
     rows = kept.run()
     anew.run()
     assert len(calls) == 3  # once per batch, though 8 steps were made
@@ -208,7 +208,8 @@ class _Joined:
     def __getitem__(self, index):
         parts = [self.batches[4 * index + i] for i in range(4)]
         width = max(part.mask.shape[1] for part in parts)
-        return Batch(*(torch.cat([pad(x, (0, width - x.shape[1])) for x in kind]) for kind in zip(*parts, strict=True)))
+        kinds = zip(*((part.input_ids, part.mask) for part in parts), strict=True)
+        return Batch(*(torch.cat([pad(x, (0, width - x.shape[1])) for x in kind]) for kind in kinds))
 
 
 def test_four_micro_batches_teach_what_they_teach_at_once(tmp_path):

@@ -9,6 +9,7 @@ from tiny import HEADS, VOCAB, tiny_head, tiny_target
 
 from slipstream.configs.errors import SlipstreamError
 from slipstream.configs.recipe import DistillSettings
+from slipstream.data.batches import join
 from slipstream.decode.evidence import LogitEvidence
 from slipstream.decode.tree import make_tree
 from slipstream.decode.verify import Spent, Verifier, decide_greedily
@@ -26,7 +27,7 @@ from slipstream.distill.objectives import (
     tree_hinge,
 )
 from slipstream.distill.relaxation import Relaxation
-from slipstream.distill.unroll import Distillation, unroll
+from slipstream.distill.unroll import Distillation, labelled_rows, unroll
 
 
 def naive(head, target, ids, mask, steps, objective):
@@ -147,6 +148,37 @@ def test_padding_and_neighbours_in_the_batch_change_nothing():
     two = unroll(head, target, b[None], mask[1:], scale=torch.ones(3), objective=forward_kl)
     torch.testing.assert_close(both.loss, one.loss + two.loss, rtol=1e-4, atol=1e-4)
     assert both.rows.tolist() == (one.rows + two.rows).tolist()
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_conversations_in_one_row_teach_what_each_teaches_alone(kind):
+    target = tiny_target()
+    head = tiny_head(target, **HEADS[kind])
+    target = target.reading(head.layer_ids)
+    draw = torch.Generator().manual_seed(4)
+    texts = [torch.randint(3, VOCAB, (length,), generator=draw) for length in (9, 70, 2, 1, 80, 5)]
+    masks = [torch.rand(len(text), generator=draw) < 0.7 for text in texts]
+    masks[1][0] = masks[4][:3] = True  # the assistant's from the first token on, behind another conversation's end
+    joined = join([{"input_ids": text, "mask": mask} for text, mask in zip(texts, masks, strict=True)], [*range(6)])
+    settings = {"scale": torch.tensor([1.0, 0.8, 0.6]), "objective": forward_kl}
+
+    def gradients(total: torch.Tensor) -> dict[str, torch.Tensor]:
+        head.zero_grad()
+        total.backward()
+        return {name: p.grad.clone() for name, p in head.named_parameters() if p.grad is not None}
+
+    packed = unroll(head, target, joined.input_ids, joined.mask, starts=joined.starts, **settings)
+    alone = [unroll(head, target, ids[None], mask[None], **settings) for ids, mask in zip(texts, masks, strict=True)]
+    torch.testing.assert_close(packed.loss, sum(out.loss for out in alone), rtol=1e-4, atol=1e-4)
+    for name in ("rows", "hits", "tried"):
+        assert torch.equal(getattr(packed, name), sum(getattr(out, name) for out in alone)), name
+    assert torch.equal(packed.accepted, torch.cat([out.accepted for out in alone]))
+    assert torch.equal(
+        labelled_rows(joined.mask, 3, joined.starts), sum(labelled_rows(mask[None], 3) for mask in masks)
+    )
+    mine, theirs = gradients(packed.total), gradients(sum(out.total for out in alone))
+    for name, grad in theirs.items():
+        torch.testing.assert_close(mine[name], grad, rtol=1e-3, atol=1e-4)
 
 
 def test_the_mask_belongs_to_the_predicted_token():

@@ -39,6 +39,8 @@ def size_of(tensors: Iterable[Tensor]) -> int:
 
 def padded(data: DataSettings) -> tuple[int, int]:
     """Rows and tokens a row of the largest micro-batch."""
+    if data.packed:
+        return 1, max(data.batch_tokens, data.max_length)
     return max(1, data.batch_tokens // data.max_length), data.max_length
 
 

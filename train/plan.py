@@ -77,7 +77,7 @@ class Text:
     @classmethod
     def of(cls, rows: Dataset, data: DataSettings) -> Text:
         """The text of token rows."""
-        batches = Batches(rows, data.batch_tokens, 0)
+        batches = Batches(rows, data.batch_tokens, 0, packed=data.packed)
         tokens = int(batches.lengths.sum())
         return cls(tokens, sum(int(row["mask"].sum()) for row in rows) / tokens, tokens / batches.per_epoch)
 

@@ -146,13 +146,14 @@ class Trainer:
         indices = [*range(first, first + settings.accumulation), first + self.micro]
         batches = {index: self._batch(index) for index in indices[:-1]}
         # The loss is a mean over all labelled rows of all processes and micro-batches, each unroll step at its weight.
-        rows = self.launch.sum(torch.stack([labelled_rows(b.mask, steps) for b in batches.values()]).sum(0).float())
+        labels = torch.stack([labelled_rows(b.mask, steps, b.starts) for b in batches.values()])
+        rows = self.launch.sum(labels.sum(0).float())
         scale = self.weights[:steps] / (rows * self.weights[:steps]).sum().clamp(min=1.0)
         for index, then in pairwise(indices):
             batch = batches[index]
             captured = self.features.of(index, batch, then)
             noise = torch.Generator(self.device).manual_seed(settings.seed * 1_000_003 + index)
-            loss, out = self.launch.module(batch.input_ids, batch.mask, scale, captured, noise)
+            loss, out = self.launch.module(batch.input_ids, batch.mask, scale, captured, noise, batch.starts)
             self.launch.backward(loss, last=then == indices[-1])
             metrics.add(out, self.weights[:steps])
         norm = self.launch.step(learning_rate(self.step, self.total, settings))
@@ -167,12 +168,14 @@ class Trainer:
 
     def _batch(self, index: int) -> Batch:
         """The index-th micro-batch, on the device."""
-        return Batch(*(values.to(self.device) for values in self.batches[index]))
+        return self.batches[index].to(self.device)
 
     def _keep_bad(self, batches: dict[int, Batch]) -> None:
         """Write down what the loss became NaN on, and stop."""
         place = self.folder / f"bad-step-{self.step}-process-{self.launch.accelerator.process_index}.safetensors"
-        tensors = {f"{name}.{i}": x for i, batch in batches.items() for name, x in batch._asdict().items()}
+        tensors = {
+            f"{name}.{i}": x for i, batch in batches.items() for name, x in batch._asdict().items() if x is not None
+        }
         save_file(tensors, place)
         raise SlipstreamError(
             f"the loss became NaN or infinite at step {self.step} (its batch is in {place}); lower train.learning_rate and "

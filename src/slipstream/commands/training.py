@@ -173,7 +173,8 @@ def train(
         if recipe.head.lora_rank is not None:
             add_lora(head, recipe.head.lora_rank, recipe.train.seed)
     origin = describe_target(target)  # before its weights are in shards
-    batches = Batches(tokens, recipe.data.batch_tokens, recipe.train.seed, recipe.data.batches)
+    data = recipe.data
+    batches = Batches(tokens, data.batch_tokens, recipe.train.seed, data.batches, packed=data.packed)
     trainer = Trainer(recipe, target, head, batches, out / "train", store=store, accelerator=accelerator)
     rows = trainer.run()
     trained = trainer.result()
