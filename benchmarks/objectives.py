@@ -45,6 +45,8 @@ VARIANTS: dict[str, tuple[HeadSettings, DistillSettings]] = {
     "forward_kl": (HeadSettings(), DistillSettings()),
     "lk_lambda": (HeadSettings(), LK_LAMBDA),
     "lk_margin": (HeadSettings(), DistillSettings(objectives={"lk_margin": 1.0})),
+    "forward_kl + margin_mass": (HeadSettings(), DistillSettings(objectives={"forward_kl": 1.0, "margin_mass": 0.5})),
+    "forward_kl + tree_hinge": (HeadSettings(), DistillSettings(objectives={"forward_kl": 1.0, "tree_hinge": 0.1})),
     "lk_lambda + tree_hinge": (HeadSettings(), DistillSettings(objectives={"lk_lambda": 1.0, "tree_hinge": 0.1})),
     "eagle1": (
         HeadSettings(kind="eagle1"),

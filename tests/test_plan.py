@@ -59,10 +59,17 @@ def shape(tmp_path_factory) -> Path:
     return folder
 
 
-def recipe(shape: Path, head: dict | None = None, train: dict | None = None, objective: str = "forward_kl") -> Recipe:
+def recipe(
+    shape: Path,
+    head: dict | None = None,
+    train: dict | None = None,
+    objective: str = "forward_kl",
+    *,
+    packed: bool = False,
+) -> Recipe:
     return Recipe(
         target=TargetSettings(str(shape)),
-        data=DataSettings(max_length=LENGTH, batch_tokens=BATCH),
+        data=DataSettings(max_length=LENGTH, batch_tokens=BATCH, packed=packed),
         head=HeadSettings(**{"draft_vocab_size": VOCABULARY, **(head or {})}),
         distill=DistillSettings(steps=4, single=0.0, objectives={objective: 1.0}),
         train=TrainSettings(**{"max_steps": 4, **(train or {})}),
@@ -81,7 +88,7 @@ def token_rows(rows: int = 16) -> Dataset:
 
 def real_trainer(folder: Path, settings: Recipe, target: Target) -> Trainer:
     head = new_head(target, torch.arange(VOCABULARY), settings.head, seed=0).train()
-    return Trainer(settings, target, head, Batches(token_rows(), BATCH, 0), folder)
+    return Trainer(settings, target, head, Batches(token_rows(), BATCH, 0, packed=settings.data.packed), folder)
 
 
 def peak(step) -> int:
@@ -94,17 +101,18 @@ def peak(step) -> int:
 
 
 @pytest.mark.parametrize(
-    ("head", "train", "objective"),
+    ("head", "train", "objective", "packed"),
     [
-        ({}, {"optimizer": "adamw"}, "forward_kl"),
-        ({"kind": "eagle1"}, {"optimizer": "adamw", "ema": 0.9}, "lk_lambda"),
-        ({"kind": "parallel"}, {}, "lk_lambda"),
-        ({"layers": 2, "norm_before_fc": True}, {"mixed_precision": "no"}, "forward_kl"),
-        ({"hidden_size": 128}, {}, "forward_kl"),
+        ({}, {"optimizer": "adamw"}, "forward_kl", False),
+        ({}, {"optimizer": "adamw"}, "forward_kl", True),
+        ({"kind": "eagle1"}, {"optimizer": "adamw", "ema": 0.9}, "lk_lambda", False),
+        ({"kind": "parallel"}, {}, "lk_lambda", False),
+        ({"layers": 2, "norm_before_fc": True}, {"mixed_precision": "no"}, "forward_kl", False),
+        ({"hidden_size": 128}, {}, "forward_kl", False),
     ],
 )
-def test_a_real_step_takes_the_memory_that_was_foretold(shape, tmp_path, head, train, objective):
-    settings = recipe(shape, head, train, objective)
+def test_a_real_step_takes_the_memory_that_was_foretold(shape, tmp_path, head, train, objective, packed):
+    settings = recipe(shape, head, train, objective, packed=packed)
     outlined, empty = outline(settings)
     online = stages(settings, outlined, empty, Text.unknown(settings.data), MACHINE)[2]
     target = real_target(shape).reading(outlined.layer_ids)

@@ -50,11 +50,12 @@ def captured_bytes(target: Target) -> int:
 
 
 def forward_bytes(target: Target, data: DataSettings) -> dict[str, int]:
-    """What a forward of the target holds at the end of a layer: the states behind every layer, and one MLP's."""
+    """What a forward of the target holds at the end of a layer: the states behind every layer, one MLP's, a mask of texts."""
     rows, length = padded(data)
     shape = DraftConfig.for_target(target, 1)
     width = (target.config.num_hidden_layers + 1) * shape.hidden_size + 3 * shape.intermediate_size
-    return {"target's forward": rows * length * (width * target.dtype.itemsize + captured_bytes(target))}
+    mask = length**2 * (target.dtype.itemsize + 2) if data.packed else 0  # with the bools it is made of
+    return {"target's forward": rows * length * (width * target.dtype.itemsize + captured_bytes(target)) + mask}
 
 
 def sharded_bytes(target: Target, processes: int) -> tuple[int, int]:
