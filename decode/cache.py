@@ -197,9 +197,10 @@ class TreeCache(Cache):
 
     def commit(self, paths: Sequence[Sequence[int]]) -> None:
         """Keep the tentative tokens at `paths` (of each row, indices behind the committed ones, ascending), drop the rest."""
-        if len(paths) == 1:
+        gaps = any(list(path) != list(range(len(path))) for path in paths)
+        if gaps and len(paths) == 1 and self.rows.tensor.device.type == "cpu":
             self._move(paths[0])
-        elif any(list(path) != list(range(len(path))) for path in paths):
+        elif gaps:
             width = max(len(path) for path in paths)
             padded = [[*path, *range(len(path), width)] for path in paths]
             start = self.rows.tensor[:, None]

@@ -126,8 +126,8 @@ def used(starts: Tensor | None = None, masks: Sequence[Tensor] = ()) -> Iterator
         starts: Where each token's text begins, [1, L], where a row holds several: none is then looked at from another.
         masks: What keeps them apart, as the model is given it: added to the scores, [1, 1, L, L].
     """
-    texts = None if starts is None else _Texts.of(starts, masks)
-    ALL_ATTENTION_FUNCTIONS["sdpa"] = partial(_attention, texts=texts)
+    ours = _attention if starts is None else partial(_attention, texts=_Texts.of(starts, masks))
+    ALL_ATTENTION_FUNCTIONS["sdpa"] = ours
     try:
         yield
     finally:

@@ -9,6 +9,7 @@ from tiny import tiny_head
 
 from slipstream.cli import main
 from slipstream.configs.errors import SlipstreamError
+from slipstream.decode import tune as tuning
 from slipstream.decode.budget import Budget
 from slipstream.decode.costs import Costs, measure_costs
 from slipstream.decode.drafters import HeadDrafter
@@ -17,7 +18,7 @@ from slipstream.decode.policy import Policy
 from slipstream.decode.recorder import record
 from slipstream.decode.trace import Trace
 from slipstream.decode.tree import TreeShape
-from slipstream.decode.tune import LARGEST, SHAPES, frontier, gain, predict, tune
+from slipstream.decode.tune import LARGEST, RULES, SHAPES, _neighbours, frontier, gain, predict, tune
 from slipstream.decode.verify import Verifier
 from slipstream.distill.heads import save_head
 from slipstream.distill.target import load_target
@@ -129,6 +130,31 @@ def test_the_chosen_policy_was_run_and_keeps_to_the_budget(decoder, budget):
     for ratios in (policy.measured["confirmed_over_predicted"], policy.measured["confirmed_over_predicted_tau"]):
         assert list(ratios) == ["exact", "chosen"]
         assert all(ratio > 0 for ratio in ratios.values())
+
+
+def test_the_neighbours_of_every_rule_are_the_next_thresholds_of_its_kind():
+    for rule in RULES:
+        near = _neighbours(rule, RULES)
+        assert all(r != rule and replace(r, signal=rule.signal, threshold=rule.theta) == rule for r in near)
+    middle = Verifier("mars", "margin", 1.0, rank=3)
+    assert [r.theta for r in _neighbours(middle, RULES)] == [0.5, 0.75, 1.5, 2.0]
+    assert [r.theta for r in _neighbours(Verifier("mars", "ratio", 0.98), RULES)] == [0.9, 0.95]
+
+
+def test_what_kept_to_the_budget_stays_where_its_last_run_does_not(decoder, monkeypatch):
+    rules, runs = [Verifier("mars", "margin", m) for m in (0.2, 0.5)], []
+
+    def run(*given):
+        runs.append([replace(p, regret=0.5 * (len(runs) == 3) * (not p.rule.lossless)) for p in real(*given)])
+        return runs[-1]
+
+    real = tuning._run
+    monkeypatch.setattr(tuning, "_run", run)
+    limit = Budget("regret", 0.1)
+    policy, rows = tune(decoder, PROMPTS, budget=limit, max_new_tokens=8, shapes=FEW[:1], rules=rules)
+    assert len(runs) == 4
+    assert policy.measured["chosen"]["mean_regret_nats"] == 0
+    assert [row["label"] for row in rows if row["chosen"]] == [policy.measured["chosen"]["label"]]
 
 
 def test_a_budget_nothing_can_meet_names_the_nearest_point(decoder):

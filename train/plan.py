@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -183,7 +183,7 @@ def stages(recipe: Recipe, target: Target, head: DraftHead, text: Text, machine:
             "capture",
             used=stored and not text.counted,
             held=whole,
-            passing=states,
+            passing=forward_bytes(target, replace(recipe.data, packed=False)),
             disk=text.tokens * bytes_per_token(target, "bfloat16"),
             seconds=text.tokens * forward / speed,
         ),
