@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import json
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from slipstream.configs.errors import SlipstreamError
@@ -238,6 +239,15 @@ class Recipe:
             )
         if self.target.shard:
             self._check_shard()
+
+    def to_dict(self) -> dict[str, dict[str, Any]]:
+        """JSON-ready, by section."""
+        return dict(json.loads(json.dumps(asdict(self))))
+
+    @classmethod
+    def written(cls, data: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        """What `to_dict` gave, perhaps of an older version: settings that have come since have their defaults."""
+        return {**data, **{name: {**now, **data.get(name, {})} for name, now in cls().to_dict().items()}}
 
     def _check_shard(self) -> None:
         """Refuse what a target in shards cannot do: its processes run it in step, or not at all."""

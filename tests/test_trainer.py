@@ -1,6 +1,7 @@
 """The training loop: it learns, it resumes bit for bit, and what it simulates is what decoding measures."""
 
 import copy
+import json
 from dataclasses import replace
 from functools import cache
 
@@ -172,6 +173,17 @@ def test_another_recipe_in_the_same_folder_is_refused(tmp_path):
     other = replace(RECIPE, train=replace(RECIPE.train, learning_rate=1e-4))
     with pytest.raises(SlipstreamError, match=r"holds another run \(train.learning_rate is 0.003 there"):
         trainer(tmp_path, other)
+
+
+def test_a_run_of_a_version_that_knew_fewer_settings_goes_on_where_these_are_at_their_defaults(tmp_path):
+    trainer(tmp_path)
+    place = tmp_path / "recipe.json"
+    older = json.loads(place.read_text())
+    del older["data"]["packed"]
+    place.write_text(json.dumps(older))
+    with pytest.raises(SlipstreamError, match=r"holds another run \(data.packed is False there, True here\)"):
+        trainer(tmp_path, replace(RECIPE, data=replace(RECIPE.data, packed=True)))
+    trainer(tmp_path)
 
 
 def test_an_unknown_objective_names_the_near_one(tmp_path):

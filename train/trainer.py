@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import time
-from dataclasses import asdict
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +15,7 @@ from safetensors.torch import save_file
 from slipstream.configs.errors import SlipstreamError
 from slipstream.configs.files import write_atomic, write_through
 from slipstream.configs.progress import progress
+from slipstream.configs.recipe import Recipe
 from slipstream.data.batches import Batch
 from slipstream.distill.adapters import rebuild, save_adapter
 from slipstream.distill.features import Features, OnlineFeatures, StoredFeatures
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from slipstream.configs.progress import Advance
-    from slipstream.configs.recipe import Recipe
     from slipstream.data.batches import Batches
     from slipstream.distill.draft import DraftHead
     from slipstream.distill.store import Store
@@ -106,10 +105,10 @@ class Trainer:
 
     def _claim(self, recipe: Recipe) -> None:
         """Take the folder for this recipe, or go on with a run of the same one."""
-        mine = json.loads(json.dumps(asdict(recipe)))
+        mine = recipe.to_dict()
         mine["train"]["accumulation"] = self.micro  # more processes may take fewer micro-batches each
         place = self.folder / "recipe.json"
-        if place.exists() and (theirs := json.loads(place.read_text())) != mine:
+        if place.exists() and (theirs := Recipe.written(json.loads(place.read_text()))) != mine:
             section, key = next(
                 (s, k)
                 for s in {**theirs, **mine}

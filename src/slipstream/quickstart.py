@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 import time
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -135,7 +135,7 @@ class Quickstart:
         provenance = {
             **describe_target(target),
             "conversations": recipe.data.conversations or "shipped with slipstream",
-            "recipe": asdict(recipe),
+            "recipe": recipe.to_dict(),
             "seed": recipe.train.seed,
             "tokens": rows[-1]["tokens"],
         }

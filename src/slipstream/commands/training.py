@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -146,7 +145,7 @@ def train(
 
     if (out / "draft" / "model.safetensors").is_file():
         trained = json.loads((out / "draft" / "provenance.json").read_text())["recipe"]
-        if trained != json.loads(json.dumps(asdict(recipe))):
+        if Recipe.written(trained) != recipe.to_dict():
             raise SlipstreamError(f"{out} holds a head of another recipe; give another --out")
         print(f"this run is finished; nothing was changed. Draft head: {out / 'draft'}", file=sys.stderr)
         return
@@ -179,7 +178,7 @@ def train(
     rows = trainer.run()
     trained = trainer.result()
     if trained is not None:
-        provenance = {**origin, "recipe": asdict(recipe), "tokens": rows[-1]["tokens"]}
+        provenance = {**origin, "recipe": recipe.to_dict(), "tokens": rows[-1]["tokens"]}
         save_head(trained, out / "draft", provenance)
         write_card(out / "draft", target.name, license=EMBEDDED_LICENSE if target.name == EMBEDDED else None)
         print(f"draft head: {out / 'draft'}", file=sys.stderr)
