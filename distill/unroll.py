@@ -46,18 +46,16 @@ class Unrolled:
     positions: tuple[Tensor, Tensor]
 
 
-def _labelled(mask: Tensor, starts: Tensor | None, step: int) -> Tensor:
-    """Rows that predict an assistant token of their own conversation at an unroll step, bool [B, L].
+def _labelled(mask: Tensor, starts: Tensor | None, steps: int) -> Tensor:
+    """Rows that predict an assistant token of their own conversation, at an unroll step and at the first, bool [K, B, L].
 
     The mask belongs to the predicted token: at step k row p predicts token p+2+k. Worked example: mask 0 0 0 1 1 (tokens 3
     and 4 are the assistant's) makes rows 1 and 2 count at step 0, and row 1 is the first draft after the prompt.
     """
-    out, count = torch.zeros_like(mask), mask.shape[1] - 2 - step
-    if count > 0:
-        out[:, :count] = mask[:, 2 + step :]
-        if starts is not None:
-            out[:, :count] &= starts[:, 2 + step :] == starts[:, :count]
-    return out
+    rows = torch.stack([_shift(mask, 2 + k) for k in range(steps)])
+    if starts is not None:
+        rows &= torch.stack([_shift(starts, 2 + k) == starts for k in range(steps)])
+    return rows & rows[0]
 
 
 def unroll(
@@ -98,7 +96,7 @@ def unroll(
     head.borrow(target)
     steps, (batch, length) = len(scale), input_ids.shape
     device = input_ids.device
-    valid = torch.stack([_labelled(mask, starts, k).flatten() for k in range(steps)])
+    valid = _labelled(mask, starts, steps).flatten(1)
     rows = valid[0].nonzero().squeeze(1)
     valid = valid[:, rows]  # [K, R], as all that follows
     # Teacher rows: token p+2+k is predicted by the target's logits at p+1+k, for all k.
@@ -156,8 +154,7 @@ def labelled_rows(mask: Tensor, steps: int, starts: Tensor | None = None) -> Ten
 
     The target's top token may lie outside the draft vocabulary in some of them: these add nothing to the loss.
     """
-    first = _labelled(mask, starts, 0)
-    return torch.stack([(first & _labelled(mask, starts, k)).sum() for k in range(steps)])
+    return _labelled(mask, starts, steps).sum((1, 2))
 
 
 class Distillation(nn.Module):
