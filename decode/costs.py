@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from slipstream.decode.tree import Tree
-    from slipstream.decode.verify import Verdict
+    from slipstream.decode.verify import Verdict, Verifier
 
 PROBES = tuple(
     shape
@@ -29,8 +29,8 @@ PROBES = tuple(
 )
 """Trees that are timed: of every width the lowest and the deepest, which settles what a level costs; all sizes differ."""
 
-_PASSES = 2
 _TOKENS = 24
+_WARM = 8  # tokens decoded before anything is timed
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,8 @@ class Costs:
         drafting: By top_k: of the first level, and of each further one.
         nodes: Sizes of trees that were timed, ascending.
         target: Of the target's forward at these sizes.
-        rest: Of all else.
+        rest: Of all else, verified exactly.
+        relaxing: Of what a relaxed rule takes beyond that.
     """
 
     prompt: float
@@ -50,12 +51,17 @@ class Costs:
     nodes: list[int]
     target: list[float]
     rest: list[float]
+    relaxing: float
 
-    def round(self, shape: TreeShape) -> float:
+    def round(self, shape: TreeShape, rule: Verifier) -> float:
         """Seconds of a round with a tree of this shape; its top_k must be one that was timed."""
         first, further = self.drafting[shape.top_k]
         verifying = np.interp(shape.nodes, self.nodes, np.add(self.target, self.rest))
-        return first + (shape.depth - 1) * further + float(verifying)
+        return first + (shape.depth - 1) * further + float(verifying) + (0.0 if rule.lossless else self.relaxing)
+
+    def speed(self, shape: TreeShape, rule: Verifier, tau: float, length: float) -> float:
+        """Tokens per second of answers of so many tokens, of which the prompt's own forward gives the first."""
+        return length / (self.prompt + (length - 1) / max(1.0, tau) * self.round(shape, rule))
 
 
 class _Clock(Observer):
@@ -81,23 +87,50 @@ class _Clock(Observer):
             self.seconds.append(seconds)
 
 
-def measure_costs(decoder: Decoder, prompts: Sequence[Tensor]) -> Costs:
-    """Time the rounds of the probes behind prompts, each [1, n]; medians, probes and prompts taking turns."""
-    turns = itertools.cycle(prompts)
-    clocks = [_Clock(shape.depth) for shape in PROBES]
-    with progress("costs of a round", _PASSES * len(PROBES), "trees") as advance:
-        for _ in range(_PASSES):
-            for shape, clock in zip(PROBES, clocks, strict=True):
-                policy = replace(decoder.policy, tree=shape, speculation=Speculation())
-                variant = Decoder(decoder.target, decoder.drafter, policy)
-                variant.generate(next(turns), max_new_tokens=_TOKENS, verify="exact", eos_token_id=None, observer=clock)
+class CostProbe:
+    """Times the rounds of the probes behind prompts, each [1, n]; what it timed before counts on."""
+
+    def __init__(self, decoder: Decoder, prompts: Sequence[Tensor]) -> None:
+        self._decoder = decoder
+        self._prompts = itertools.cycle(prompts)
+        self._clocks = {(shape, rule): _Clock(shape.depth) for rule in ("exact", "mars") for shape in PROBES}
+
+    def measure(self) -> Costs:
+        """Time every probe once more, exactly and relaxed.
+
+        Medians, which a stall of the machine does not move; then all of them are raised by how much longer all rounds
+        together took than their medians say, for stalls there will be.
+        """
+        self._run(PROBES[-1], "mars", _WARM)
+        with progress("costs of a round", len(self._clocks), "trees") as advance:
+            for (shape, rule), clock in self._clocks.items():
+                self._run(shape, rule, _TOKENS, clock)
                 advance()
-    times = {shape: np.median(clock.seconds, axis=0) for shape, clock in zip(PROBES, clocks, strict=True)}
-    drafting = {}
-    for low, deep in zip(PROBES[::2], PROBES[1::2], strict=True):
-        further = max(0.0, times[deep][0] - times[low][0]) / (deep.depth - low.depth)
-        drafting[low.top_k] = (float(times[low][0]), float(further))
-    by_size = sorted((shape.nodes, *times[shape][1:]) for shape in PROBES)
-    nodes, target, rest = (list(column) for column in zip(*by_size, strict=True))
-    prompt = float(np.median([seconds for clock in clocks for seconds in clock.prompts]))
-    return Costs(prompt, drafting, nodes, [float(t) for t in target], [float(t) for t in rest])
+        return self._costs()
+
+    def _run(self, shape: TreeShape, rule: str, tokens: int, clock: _Clock | None = None) -> None:
+        policy = replace(self._decoder.policy, tree=shape, speculation=Speculation())
+        variant = Decoder(self._decoder.target, self._decoder.drafter, policy)
+        variant.generate(next(self._prompts), max_new_tokens=tokens, verify=rule, eos_token_id=None, observer=clock)
+
+    def _costs(self) -> Costs:
+        timed = {key: np.array(clock.seconds) for key, clock in self._clocks.items()}
+        typical = {key: np.median(seconds, axis=0) for key, seconds in timed.items()}
+        slack = sum(timed[key].sum() for key in timed) / sum(len(timed[key]) * typical[key].sum() for key in timed)
+        both = {
+            shape: slack * np.median(np.concatenate([timed[shape, "exact"], timed[shape, "mars"]]), axis=0)
+            for shape in PROBES
+        }
+        drafting = {}
+        for low, deep in zip(PROBES[::2], PROBES[1::2], strict=True):
+            further = max(0.0, both[deep][0] - both[low][0]) / (deep.depth - low.depth)
+            drafting[low.top_k] = (float(both[low][0]), float(further))
+        sizes = sorted(PROBES, key=lambda shape: shape.nodes)
+        return Costs(
+            prompt=float(np.mean([seconds for clock in self._clocks.values() for seconds in clock.prompts])),
+            drafting=drafting,
+            nodes=[shape.nodes for shape in sizes],
+            target=[float(both[shape][1]) for shape in sizes],
+            rest=[float(slack * typical[shape, "exact"][2]) for shape in sizes],
+            relaxing=float(slack * np.median([typical[s, "mars"][2] - typical[s, "exact"][2] for s in PROBES])),
+        )

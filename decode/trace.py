@@ -213,6 +213,14 @@ class Trace:
     def __len__(self) -> int:
         return sum(self._reader.get_batch(i).num_rows for i in range(self._reader.num_record_batches))
 
+    def mean_tokens(self) -> float:
+        """Tokens emitted per request, the ends of requests not cut."""
+        tokens = requests = 0
+        for rounds in self.rounds():
+            tokens += int(rounds.counts.sum())
+            requests += int((rounds.round == 0).sum())
+        return tokens / requests
+
     def rounds(self) -> Iterator[Rounds]:
         """All rounds in the order they were recorded, some at a time."""
         for i in range(self._reader.num_record_batches):

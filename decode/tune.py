@@ -19,7 +19,7 @@ from torch import Tensor
 from slipstream.configs.errors import SlipstreamError
 from slipstream.configs.progress import progress
 from slipstream.decode.budget import NEARLY, Point
-from slipstream.decode.costs import PROBES, measure_costs
+from slipstream.decode.costs import PROBES, CostProbe
 from slipstream.decode.engine import Decoder
 from slipstream.decode.evaluate import compare, interval
 from slipstream.decode.fidelity import common_prefix
@@ -112,11 +112,15 @@ def tune(
             policy = replace(decoder.policy, tree=LARGEST, speculation=Speculation())
             record_exact(Decoder(decoder.target, decoder.drafter, policy), prompts[::2], path, max_new_tokens)
         recorded = Trace.open(path, decoder)  # another head's is refused before anything is timed
-        costs = measure_costs(decoder, [_prompt(decoder, row) for row in prompts])
-        points = predict(recorded, costs, shapes, rules)
+        probe = CostProbe(decoder, [_prompt(decoder, row) for row in prompts])
+        points, length = predict(recorded, probe.measure(), shapes, rules), recorded.mean_tokens()
     best, others = frontier(points), prompts[1::2]
     foreseen = _candidates(points, best, budget)
     ran = _run(decoder, foreseen, others, max_new_tokens, score)
+    # A machine's speed drifts: runs are held against what rounds timed on either side of them foresee.
+    costs = probe.measure()
+    foreseen = [replace(p, speed=costs.speed(p.shape, p.rule, p.tau, length)) for p in foreseen]
+    ran = [replace(point, predicted=before.speed) for point, before in zip(ran, foreseen, strict=True)]
     fixed = budget.choose(ran)
     compared = {"exact": (ran[0], foreseen[0]), "chosen": (fixed, foreseen[ran.index(fixed)])}
     # What a trace does not tell is run: copies from the text beside two trees, then the best under schedules.
@@ -198,13 +202,13 @@ def predict(
     Raises:
         SlipstreamError: If the trace cannot tell.
     """
-    chunks = list(trace.rounds())
+    chunks, length = list(trace.rounds()), trace.mean_tokens()
     for shape in shapes:
         check(trace.header, Verifier(), shape)
     trees = {shape: [cut(rounds, trace.header.tree, shape)[0] for rounds in chunks] for shape in shapes}
 
     def foresee(shape: TreeShape, rule: Verifier) -> Point:
-        return _foresee(trace, list(zip(chunks, trees[shape], strict=True)), shape, rule, costs)
+        return _foresee(trace, list(zip(chunks, trees[shape], strict=True)), shape, rule, costs, length)
 
     with progress("search", len(shapes) + _WIDELY * len(rules), "policies") as advance:
         points = []
@@ -219,25 +223,27 @@ def predict(
 
 
 def _foresee(
-    trace: Trace, chunks: Sequence[tuple[Rounds, Tree]], shape: TreeShape, rule: Verifier, costs: Costs
+    trace: Trace,
+    chunks: Sequence[tuple[Rounds, Tree]],
+    shape: TreeShape,
+    rule: Verifier,
+    costs: Costs,
+    length: float,
 ) -> Point:
     """What a policy should give on texts like the recorded ones."""
-    tokens = requests = drafted = emitted = relaxed = 0
+    replayed = drafted = emitted = relaxed = 0
     regret = 0.0
     for rounds, tree in chunks:
         decision = judge(rounds, tree, rule, trace.header)
         first = rounds.round == 0
         lossy = (decision.tags == 1) & (torch.arange(decision.tags.shape[1]) < decision.counts[:, None])
-        tokens += int(rounds.counts.sum())
-        requests += int(first.sum())
         drafted += int((~first).sum())
         emitted += int(decision.counts[~first].sum())
+        replayed += int(decision.counts.sum())
         relaxed += int(lossy.sum())
         regret += float(decision.regrets[lossy].sum())
     tau = emitted / max(1, drafted)
-    seconds = requests * costs.prompt + (tokens - requests) / max(1.0, tau) * costs.round(shape)
-    replayed = emitted + requests
-    return Point(shape, rule, tokens / seconds, tau, regret / replayed, relaxed / replayed)
+    return Point(shape, rule, costs.speed(shape, rule, tau, length), tau, regret / replayed, relaxed / replayed)
 
 
 def frontier(points: Sequence[Point]) -> list[Point]:

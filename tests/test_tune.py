@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from tiny import tiny_head
@@ -11,7 +12,7 @@ from slipstream.cli import main
 from slipstream.configs.errors import SlipstreamError
 from slipstream.decode import tune as tuning
 from slipstream.decode.budget import Budget
-from slipstream.decode.costs import Costs, measure_costs
+from slipstream.decode.costs import CostProbe, Costs
 from slipstream.decode.drafters import HeadDrafter
 from slipstream.decode.engine import Decoder
 from slipstream.decode.policy import Policy
@@ -25,7 +26,7 @@ from slipstream.distill.target import load_target
 
 PROMPTS = [{"question_id": i, "category": "", "turns": [text]} for i, text in enumerate(("Hi", "Yo", "hello", "Hi Yo"))]
 FEW = (TreeShape(1, 2, 3), TreeShape(2, 2, 6), TreeShape(3, 1, 4))
-EVEN = Costs(0.0, dict.fromkeys((1, 2, 3, 4, 6), (0.0, 0.0)), [2, 48], [0.01, 0.01], [0.0, 0.0])
+EVEN = Costs(0.0, dict.fromkeys((1, 2, 3, 4, 6), (0.0, 0.0)), [2, 48], [0.01, 0.01], [0.0, 0.0], 0.0)
 
 
 @pytest.fixture(scope="module")
@@ -66,9 +67,9 @@ def test_predictions_follow_the_costs_and_the_rule(trace):
     even = {p.shape: p for p in predict(trace[0], EVEN, SHAPES, []) if p.rule.lossless}
     largest = max(even.values(), key=lambda p: p.speed)
     assert largest.tau == max(p.tau for p in even.values())
-    dear = Costs(0.0, dict.fromkeys((1, 2, 3, 4, 6), (0.0, 1.0)), [2, 48], [0.01, 0.01], [0.0, 0.0])
+    dear = Costs(0.0, dict.fromkeys((1, 2, 3, 4, 6), (0.0, 1.0)), [2, 48], [0.01, 0.01], [0.0, 0.0], 0.0)
     assert max(predict(trace[0], dear, SHAPES, []), key=lambda p: p.speed).shape.depth == 1
-    wide = Costs(0.0, EVEN.drafting, [2, 48], [0.01, 10.0], [0.0, 0.0])
+    wide = Costs(0.0, EVEN.drafting, [2, 48], [0.01, 10.0], [0.0, 0.0], 0.0)
     assert max(predict(trace[0], wide, SHAPES, []), key=lambda p: p.speed).shape.nodes == 2
     rules = [Verifier("mars", "margin", m) for m in (0.05, 0.2, 1.0)]
     taus = [p.tau for p in predict(trace[0], EVEN, [LARGEST], rules)]
@@ -77,16 +78,43 @@ def test_predictions_follow_the_costs_and_the_rule(trace):
 
 
 def test_costs_add_up_and_lie_between_the_sizes_timed():
-    costs = Costs(0.5, {2: (0.1, 0.2)}, [4, 8], [1.0, 2.0], [0.0, 1.0])
-    assert costs.round(TreeShape(3, 2, 6)) == pytest.approx(0.1 + 2 * 0.2 + 2.0)
+    costs = Costs(0.5, {2: (0.1, 0.2)}, [4, 8], [1.0, 2.0], [0.0, 1.0], 0.25)
+    shape, relaxed = TreeShape(3, 2, 6), Verifier("mars", "margin", 0.5)
+    assert costs.round(shape, Verifier()) == pytest.approx(0.1 + 2 * 0.2 + 2.0)
+    assert costs.round(shape, relaxed) == pytest.approx(2.75)
+    assert costs.speed(shape, relaxed, 2.0, 9) == pytest.approx(9 / (0.5 + 4 * 2.75))
 
 
 def test_measured_costs_are_those_of_real_rounds(decoder):
-    costs = measure_costs(decoder, [torch.randint(3, 250, (1, 8))])
+    costs = CostProbe(decoder, [torch.randint(3, 250, (1, 8))]).measure()
     assert costs.nodes == sorted(set(costs.nodes))
     assert costs.prompt > 0
     assert all(seconds > 0 for seconds in (*costs.target, *costs.rest))
     assert all(first > 0 and further >= 0 for first, further in costs.drafting.values())
+
+
+def test_costs_come_from_all_that_was_timed_and_stalls_raise_them_alike(decoder, monkeypatch):
+    """With clocks wound by hand: the second time all takes twice as long, then one round stalls."""
+    probe, factor = CostProbe(decoder, [torch.randint(3, 250, (1, 8))]), 1.0
+
+    def run(shape, rule, tokens, clock=None):
+        if clock is not None:
+            clock.prompts.append(factor)
+            clock.seconds += [(factor, 2 * factor, (3 if rule == "exact" else 4) * factor)] * 5
+
+    monkeypatch.setattr(probe, "_run", run)
+    before = probe.measure()
+    assert (before.prompt, before.relaxing) == (1.0, 1.0)
+    assert before.round(TreeShape(4, 3, 14), Verifier()) == pytest.approx(6.0)
+    factor = 2.0
+    after = probe.measure()
+    assert after.prompt == 1.5
+    assert after.round(TreeShape(4, 3, 14), Verifier()) == pytest.approx(9.0)
+    clock = next(iter(probe._clocks.values()))
+    clock.seconds.append((0.0, 0.1 * sum(np.sum(clock.seconds) for clock in probe._clocks.values()), 0.0))
+    stalled = probe._costs()
+    assert stalled.round(TreeShape(4, 3, 14), Verifier()) == pytest.approx(1.1 * 9.0, rel=0.01)
+    assert stalled.target[1:] == pytest.approx([1.1 * 3.0] * (len(stalled.target) - 1), rel=0.01)
 
 
 def test_no_point_of_the_frontier_is_beaten(trace):
