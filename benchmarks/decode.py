@@ -24,9 +24,10 @@ from slipstream.decode.evaluate import Record, answer, interval
 from slipstream.decode.speculation import Speculation
 from slipstream.decode.tasks import encode_first
 from slipstream.decode.tree import TreeShape
+from slipstream.decode.verify import Verifier
 from slipstream.distill.target import Target
 
-Pair = tuple[Decoder, str]  # a decoder with its rule
+Pair = tuple[Decoder, str | Verifier]  # a decoder with its rule
 
 LOOK_UP = "prompt look-up"
 
@@ -64,7 +65,7 @@ def _line(name: str, base: list[Record], undrafted: list[Record], records: list[
     ]
 
 
-def _contenders(eager: Decoder, compiled: bool, nodes: tuple[int, ...]) -> dict[str, Pair]:
+def _contenders(eager: Decoder, compiled: bool, nodes: tuple[int, ...], margins: tuple[float, ...]) -> dict[str, Pair]:
     """Who decodes, by name."""
     model, drafter, policy = eager.target, eager.drafter, eager.policy
     mars = policy.rule("mars").label
@@ -79,6 +80,7 @@ def _contenders(eager: Decoder, compiled: bool, nodes: tuple[int, ...]) -> dict[
         "ours, head without copies, exact": (Decoder(model, drafter, alone), "exact"),
         "ours, head, exact": (eager, "exact"),
         f"ours, head, {mars}": (eager, "mars"),
+        **{f"ours, head, {rule.label}": (eager, rule) for rule in (Verifier("mars", "margin", m) for m in margins)},
         "ours, head, exact, cost-aware": (Decoder(model, drafter, cost), "exact"),
     }
     if compiled:
@@ -129,6 +131,7 @@ def main(
     max_new_tokens: int = 128,
     compiled: bool = True,
     nodes: tuple[int, ...] = (),
+    margins: tuple[float, ...] = (),
     device: str = "cpu",
     dtype: str = "bfloat16",
     out: Path | None = None,
@@ -143,12 +146,13 @@ def main(
         max_new_tokens: Per prompt.
         compiled: Also with target and head compiled.
         nodes: Also the head's tree at these sizes, compiled.
+        margins: Also MARS at these margins, whatever they cost.
         device: `cpu` or `cuda`.
         dtype: Of target and head.
         out: A file for the table.
     """
     eager = slipstream.load(target, draft, dtype=dtype, device=device)
-    records = _measured(_contenders(eager, compiled, nodes), first_turns(prompts, limit), max_new_tokens)
+    records = _measured(_contenders(eager, compiled, nodes, margins), first_turns(prompts, limit), max_new_tokens)
     base = records["transformers generate"]
     lines = []
     for name, group in records.items():
