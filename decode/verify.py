@@ -150,6 +150,8 @@ class Verifier:
                 value = int(text) if name in ("rank", "top_n") else float(text)
             except ValueError as error:
                 raise SlipstreamError(f"{name!r} in rule {verify!r} must be a number, not {text!r}") from error
+            if name in SIGNALS and "signal" in settings:
+                raise SlipstreamError(f"rule {verify!r} names two signals, {settings['signal']} and {name}; give one")
             settings |= {"signal": name, "threshold": value} if name in SIGNALS else {name: value}
         return cls(**settings)
 
@@ -284,12 +286,8 @@ def decide(
         return decide_greedily(verifier, tree, evidence, spent, never_relax)
     generators = generators or [torch.Generator(logits.device).manual_seed(0)]
     p, drawn = torch.softmax(processed.float(), -1), tree.drawn
-    if drawn is not None and not verifier.lossless:
-        raise SlipstreamError(
-            f"rule {verifier.rule!r} judges trees of the likeliest drafts; drawn ones need exact or block"
-        )
-    if verifier.rule == "block" and (drawn is None or tree.nodes != tree.levels + 1):
-        raise SlipstreamError("rule 'block' needs a drawn chain: TreeShape.chain(depth, sampled=True)")
+    if tree.nodes > 1:  # without drafts there is nothing to judge
+        require_drawn(verifier, drawn is not None, tree.nodes == tree.levels + 1)
     if drawn is not None:
         choice = (block if verifier.rule == "block" else speculative_sampling)(tree, p, drawn, generators)
     elif verifier.rule == "released":
@@ -298,6 +296,20 @@ def decide(
         after = LogitEvidence(tree, processed)
         choice = admit(verifier, tree, evidence, after, draw(p, generators), generators, spent, never_relax)
     return _decision(tree, evidence, choice, verifier.lossless)
+
+
+def require_drawn(verifier: Verifier, drawn: bool, chain: bool) -> None:
+    """Make sure that at T > 0 a rule can judge trees whose drafts were drawn, or were not.
+
+    Raises:
+        SlipstreamError: If it cannot.
+    """
+    if drawn and not verifier.lossless:
+        raise SlipstreamError(
+            f"rule {verifier.rule!r} judges trees of the likeliest drafts; drawn ones need exact or block"
+        )
+    if verifier.rule == "block" and not (drawn and chain):
+        raise SlipstreamError("rule 'block' needs a drawn chain: TreeShape.chain(depth, sampled=True)")
 
 
 def decide_greedily(
