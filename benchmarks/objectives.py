@@ -2,9 +2,9 @@
 
     python benchmarks/objectives.py --out runs/objectives --variants '["lk_lambda", "lk_margin"]' --seeds '[0, 1, 2]'
 
-Every head answers the same prompts, greedily and at temperature 1; intervals are a paired bootstrap over prompts, all seeds
-pooled. In the figure they are those of the difference to the first variant, laid around its acceptance length. Heads and what
-was measured with them stay in the folder: an interrupted run goes on.
+Every head answers the same prompts, greedily and at temperature 1; intervals are over prompts and seeds. In the figure they are
+those of the difference to the first variant, laid around its acceptance length. Heads and what was measured with them stay in
+the folder: an interrupted run goes on.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from plots import Part, draw_points
-from study import first_turns, resamples, run, show, sums, table
+from scipy.stats import t as student
+from study import digest, first_turns, resamples, run, show, sums, table
 
 from slipstream.configs.files import write_atomic
 from slipstream.configs.progress import progress
@@ -91,7 +92,8 @@ def measured(
     folder: Path, target: Target, cases: dict[str, tuple[Verifier, float]], rows: list[dict[str, Any]], tokens: int
 ) -> dict[str, list[list[float]]]:
     """The first four of `sums` of each prompt, by rule and temperature."""
-    place = folder / f"measured-{len(rows)}-{tokens}.json"
+    asked = [[row["turns"] for row in rows], [[name, *rule.to_dict().items(), t] for name, (rule, t) in cases.items()]]
+    place = folder / f"measured-{digest([*asked, tokens, str(TREE)])}.json"
     if not place.is_file():
         head = load_head(folder / "draft", dtype=target.dtype)
         decoder = Decoder(target, HeadDrafter(head, target), Policy(tree=TREE))
@@ -114,12 +116,27 @@ def tau(counts: np.ndarray) -> np.ndarray:
 
 
 def difference(ours: np.ndarray, base: np.ndarray) -> tuple[float, float, float]:
-    """Acceptance length above another's, and its 95 % interval; [prompts, seeds, 4] each."""
+    """Acceptance length above another's, and its 95 % interval over prompts and seeds; [prompts, seeds, 4] each.
+
+    The variance over prompts, which both answer, is a paired bootstrap's; each side's seeds add that of their mean (one
+    seed alone adds none). The interval is Student's, its degrees of freedom Welch's and Satterthwaite's.
+    """
     picks = resamples(len(ours))
     spread = tau(ours[picks].sum(-2)) - tau(base[picks].sum(-2))
-    value = tau(ours.sum(1)) - tau(base.sum(1))
-    low, high = np.quantile(spread, [0.025, 0.975])
-    return float(value), float(low), float(high)
+    parts = [(spread.var(), len(ours) - 1)]
+    parts += [
+        (tau(runs.swapaxes(0, 1)).var(ddof=1) / runs.shape[1], runs.shape[1] - 1)
+        for runs in (ours, base)
+        if runs.shape[1] > 1
+    ]
+    parts = [(variance, free) for variance, free in parts if variance]
+    total = sum(variance for variance, _ in parts)
+    value = float(tau(ours.sum(1)) - tau(base.sum(1)))
+    if not parts:
+        return value, value, value
+    freedom = total**2 / sum(variance**2 / free for variance, free in parts)
+    half = float(student.ppf(0.975, freedom) * np.sqrt(total))
+    return value, value - half, value + half
 
 
 def compared(counts: dict[str, dict[str, np.ndarray]]) -> str:
@@ -131,7 +148,7 @@ def compared(counts: dict[str, dict[str, np.ndarray]]) -> str:
             value, low, high = difference(mine, first)
             total = mine.sum((0, 1))
             alone = ", ".join(f"{length:.3f}" for length in tau(mine.swapaxes(0, 1)))
-            change = f"{value:+.3f} [{low:+.3f}, {high:+.3f}]"
+            change = "–" if mine is first else f"{value:+.3f} [{low:+.3f}, {high:+.3f}]"
             lines.append([case, name, f"{total[0] / total[1]:.3f}", alone, change, f"{total[2] / total[3]:.4f}"])
     columns = ["decoding", "variant", "acceptance length", "by seed", "over the first (95 %)", "regret (nats/token)"]
     return table(columns, lines, left=2)

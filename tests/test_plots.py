@@ -165,6 +165,26 @@ def test_seeds_and_the_difference_to_the_first_stand_around_the_first(studies):
     )
 
 
+def test_what_seeds_differ_by_widens_the_interval(studies):
+    """Two variants that differ by one round's token; once their seeds agree, once they are far apart."""
+    rounds, zero = np.full((6, 3), 10.0), np.zeros((6, 3))
+
+    def counts(*emitted: float) -> np.ndarray:
+        taken = np.array(emitted)[None] + np.arange(6.0)[:, None] / 10
+        return np.stack([taken, rounds, zero, taken], -1)
+
+    value, low, high = studies["objectives"].difference(counts(18, 18, 18), counts(17, 17, 17))
+    assert value == pytest.approx(0.1)
+    assert low == pytest.approx(high)  # the same prompts, and nothing else that differs
+    apart = counts(16, 18, 20), counts(15, 17, 19)
+    value, low, high = studies["objectives"].difference(*apart)
+    assert value == pytest.approx(0.1)
+    half = 2.776 * np.sqrt(
+        2 * 0.2**2 / 3
+    )  # t of 4 degrees of freedom; the seeds' variance is 0.2 squared on either side
+    assert (low, high) == pytest.approx((0.1 - half, 0.1 + half), rel=1e-3)
+
+
 SEEN = """[...document.querySelectorAll("svg")].map(figure => [figure.getBoundingClientRect().width,
     getComputedStyle(figure.querySelector("rect")).fill,
     [...figure.querySelectorAll("text, use")].filter(mark => {
