@@ -17,6 +17,7 @@ from slipstream.configs.files import write_through
 from slipstream.decode.evidence import LogitEvidence
 from slipstream.decode.trace import KEY, LISTS, PATH, ROUND, Header, fingerprint
 from slipstream.decode.verify import TAGS, Spent
+from slipstream.distill.store import weights_fingerprint
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -72,6 +73,7 @@ class Recorder(Observer):
         self._file = file
         self._decoder = decoder
         self._draft = draft or fingerprint(decoder.drafter)
+        self._weights = weights_fingerprint(decoder.target)
         self._top = min(top, decoder.target.vocab_size)
         self._writer: pa.RecordBatchFileWriter | None = None
         self._header: Header | None = None
@@ -101,6 +103,7 @@ class Recorder(Observer):
         policy = self._decoder.policy.to_dict()
         header = Header(
             target=self._decoder.target.name,
+            weights=self._weights,
             draft=self._draft,
             dtype=str(self._decoder.target.dtype).removeprefix("torch."),
             think=self._decoder.target.think,

@@ -17,6 +17,7 @@ from slipstream.configs.files import write_through
 from slipstream.decode.drafters import HeadDrafter, ModelDrafter
 from slipstream.decode.tree import Tree, TreeShape, make_tree
 from slipstream.decode.verify import Spent, Verifier
+from slipstream.distill.store import weights_fingerprint
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from slipstream.decode.drafters import Drafter
     from slipstream.decode.engine import Decoder
 
-VERSION = 2
+VERSION = 3
 KEY = b"slipstream.trace"
 
 ROUND = {  # columns with one value a round
@@ -58,6 +59,7 @@ class Header:
 
     Attributes:
         target: Name of the target.
+        weights: Fingerprint of its weights.
         draft: Fingerprint of the drafter.
         dtype: Of the target.
         think: What the target's chat template was told about thinking; None is nothing.
@@ -70,6 +72,7 @@ class Header:
     """
 
     target: str
+    weights: str
     draft: str
     dtype: str
     think: bool | None
@@ -195,17 +198,21 @@ class Trace:
             raise SlipstreamError(f"trace {str(path)!r} does not exist")
         try:
             reader = pa.ipc.open_file(pa.memory_map(str(path)))
-        except pa.ArrowInvalid as error:
+            metadata = (reader.schema.metadata or {}).get(KEY)
+        except (pa.ArrowException, OSError) as error:
             raise SlipstreamError(f"{path} is not a trace, or not a whole one") from error
-        metadata = (reader.schema.metadata or {}).get(KEY)
         if metadata is None:
             raise SlipstreamError(f"{path} is not a trace of slipstream")
-        data = json.loads(metadata)
-        if data["version"] != VERSION:
+        try:
+            data = json.loads(metadata)
+            version = data["version"]
+            header = Header(**{f.name: data.get(f.name) for f in fields(Header)})
+        except (ValueError, KeyError, TypeError) as error:
+            raise SlipstreamError(f"{path} is damaged: its header cannot be read; record it again") from error
+        if version != VERSION:
             raise SlipstreamError(
-                f"{path} is a trace of format {data['version']}, this version reads {VERSION}; record it again"
+                f"{path} is a trace of format {version}, this version reads {VERSION}; record it again"
             )
-        header = Header(**{f.name: data[f.name] for f in fields(Header)})
         if decoder is not None:
             _require_same(path, header, decoder)
         return cls(path, header, reader)
@@ -222,9 +229,17 @@ class Trace:
         return tokens / requests
 
     def rounds(self) -> Iterator[Rounds]:
-        """All rounds in the order they were recorded, some at a time."""
+        """All rounds in the order they were recorded, some at a time.
+
+        Raises:
+            SlipstreamError: If a part of the file cannot be read.
+        """
         for i in range(self._reader.num_record_batches):
-            yield _read(self._reader.get_batch(i), self.header.top)
+            try:
+                rounds = _read(self._reader.get_batch(i), self.header.top)
+            except (pa.ArrowException, OSError, KeyError, ValueError, RuntimeError) as error:
+                raise SlipstreamError(f"{self.path} is damaged in part {i}; record it again") from error
+            yield rounds
 
 
 def join(path: Path, parts: Sequence[tuple[Path, Sequence[int]]]) -> None:
@@ -252,8 +267,11 @@ def join(path: Path, parts: Sequence[tuple[Path, Sequence[int]]]) -> None:
 
 def _require_same(path: Path, header: Header, decoder: Decoder) -> None:
     target = decoder.target
+    if header.weights != weights_fingerprint(target):
+        raise SlipstreamError(
+            f"{path} was recorded with target {header.target}, of other weights than {target.name} has; record it again"
+        )
     here = {
-        "target": target.name,
         "draft": fingerprint(decoder.drafter),
         "dtype": str(target.dtype).removeprefix("torch."),
         "think": target.think,

@@ -237,18 +237,18 @@ def test_what_a_trace_cannot_tell_is_refused(decoder, prompts, tmp_path, recorde
         replay(Trace.open(tmp_path / "changing.arrow"), Verifier(), TreeShape(2, 2, 4))
 
 
-def test_a_trace_of_another_head_is_refused(recorded, tmp_path):
-    trace, target = recorded[0], tiny_target()
-    head = HeadDrafter(tiny_head(target), target)
+def test_a_trace_of_another_head_or_target_is_refused(recorded, decoder, tmp_path):
+    trace, target = recorded[0], decoder.target
+    head = HeadDrafter(tiny_head(target, seed=2), target)
     with pytest.raises(SlipstreamError, match=r"recorded with draft .* record it again"):
         Trace.open(trace.path, Decoder(target, head))
     mine = tmp_path / "mine.arrow"
     with record(mine, Decoder(target, head)) as recorder:
         Decoder(target, head).generate(torch.arange(3, 9)[None], max_new_tokens=4, observer=recorder)
-    Trace.open(mine, Decoder(target, HeadDrafter(tiny_head(target).bfloat16(), target)))  # the same head
+    Trace.open(mine, Decoder(target, HeadDrafter(tiny_head(target, seed=2).bfloat16(), target)))  # the same head
     with pytest.raises(SlipstreamError, match="recorded with draft"):
         Trace.open(mine, Decoder(target, HeadDrafter(tiny_head(target, seed=1), target)))
-    with pytest.raises(SlipstreamError, match="recorded with target llama, not qwen2"):
+    with pytest.raises(SlipstreamError, match="recorded with target llama, of other weights than qwen2 has"):
         Trace.open(mine, Decoder(tiny_target("qwen2"), head))
 
 
@@ -268,7 +268,7 @@ def test_unreadable_traces_and_mixed_ones_are_named(decoder, prompts, tmp_path):
     old = pa.schema([("a", pa.int8())], metadata={KEY: b'{"version": 1}'})
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, old):
         pass
-    with pytest.raises(SlipstreamError, match="is a trace of format 1, this version reads 2"):
+    with pytest.raises(SlipstreamError, match="is a trace of format 1, this version reads 3"):
         Trace.open(path)
     with record(tmp_path / "exact.arrow", decoder) as recorder:
         decoder.generate(prompts[:1], max_new_tokens=2, observer=recorder)
@@ -282,6 +282,27 @@ def test_unreadable_traces_and_mixed_ones_are_named(decoder, prompts, tmp_path):
     with pytest.raises(SlipstreamError, match="at least the 2 largest"), record(path, decoder, top=1):
         pass
     assert {p.name for p in tmp_path.iterdir()} == {"trace.arrow", "exact.arrow"}
+
+
+def test_a_damaged_trace_is_named(decoder, prompts, tmp_path):
+    path = tmp_path / "trace.arrow"
+    with record(path, decoder) as recorder:
+        decoder.generate(prompts[:2], max_new_tokens=24, observer=recorder)
+    whole, told = path.read_bytes(), []
+    for place in range(0, len(whole), len(whole) // 97):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 0x5A]) + whole[place + 1 :])
+        try:  # what is damaged within a number is not noticed
+            list(Trace.open(path).rounds())
+        except SlipstreamError as error:
+            told.append(str(error))
+    assert told
+    assert all(line.startswith(str(path)) for line in told)
+    path.write_bytes(whole)
+    header = pa.schema([("a", pa.int8())], metadata={KEY: b'["version"]'})
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, header):
+        pass
+    with pytest.raises(SlipstreamError, match="is damaged: its header"):
+        Trace.open(path)
 
 
 def test_a_hundred_thousand_rounds_of_24_nodes_fit_in_200_megabytes(decoder, tmp_path):
