@@ -9,11 +9,11 @@ import time
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from jsonargparse import auto_cli
 
 from slipstream.configs.progress import progress
 from slipstream.data.synthesize import topic_prompts
+from slipstream.decode.evaluate import autoregressive
 from slipstream.decode.sampling import sample
 from slipstream.decode.tasks import encode_first
 from slipstream.distill.target import load_target
@@ -27,18 +27,8 @@ if TYPE_CHECKING:
 
 
 def theirs(target: Target, prompts: Sequence[Sequence[int]], new: int, temperature: float) -> Answers:
-    """By `generate`; what stands behind a row's end does not count."""
-    width, stops = max(map(len, prompts)), set(target.stop_ids())
-    ids = torch.tensor([[0] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=target.device)
-    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=target.device)
-    drawn = (
-        {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
-        if temperature
-        else {"do_sample": False}
-    )
-    out = target.model.generate(ids, attention_mask=mask, max_new_tokens=new, **drawn)
-    rows = out[:, width:].tolist()
-    return [row[: 1 + next((i for i, t in enumerate(row) if t in stops), len(row))] for row in rows]
+    """By `generate`."""
+    return autoregressive(target, prompts, max_new_tokens=new, temperature=temperature)[0]
 
 
 def ours(target: Target, prompts: Sequence[Sequence[int]], new: int, temperature: float) -> Answers:

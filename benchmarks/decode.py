@@ -5,13 +5,11 @@ python benchmarks/decode.py --draft runs/quickstart/draft --prompts "[A.jsonl, B
 
 from __future__ import annotations
 
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from study import first_turns, run, table
 
 import slipstream
@@ -20,7 +18,7 @@ from slipstream.configs.progress import progress
 from slipstream.decode.drafters import NGramDrafter
 from slipstream.decode.drawing import interval_text
 from slipstream.decode.engine import Decoder
-from slipstream.decode.evaluate import Record, answer, interval
+from slipstream.decode.evaluate import Record, answer, autoregressive, interval
 from slipstream.decode.speculation import Speculation
 from slipstream.decode.tasks import encode_first
 from slipstream.decode.tree import TreeShape
@@ -34,18 +32,9 @@ LOOK_UP = "prompt look-up"
 
 def _look_up(target: Target, row: dict[str, Any], max_new_tokens: int) -> Record:
     """transformers' assisted generation with prompt look-up."""
-    ids = encode_first(target, row)
-    prompt = torch.tensor([ids], device=target.device)
-    begun = time.perf_counter()
-    out = target.model.generate(
-        prompt,
-        attention_mask=torch.ones_like(prompt),
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        prompt_lookup_num_tokens=10,
-    )
-    tokens = out[0, prompt.shape[1] :].tolist()
-    return Record("all", len(tokens), time.perf_counter() - begun, outputs=[tokens])
+    prompts = [encode_first(target, row)]
+    outputs, seconds = autoregressive(target, prompts, max_new_tokens=max_new_tokens, prompt_lookup_num_tokens=10)
+    return Record("all", len(outputs[0]), seconds, outputs=outputs)
 
 
 def _line(name: str, base: list[Record], undrafted: list[Record], records: list[Record]) -> list[str]:

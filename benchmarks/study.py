@@ -81,7 +81,7 @@ class Study:
             "target": self.target,
             "draft": fingerprint(self.decoder.drafter),
             "dtype": self.dtype,
-            "prompts": digest([row["turns"] for row in self.rows]),
+            "prompts": digest([[row["task"], row["turns"]] for row in self.rows]),
             "tokens": self.tokens,
             "batch_size": self.batch_size,
             "seed": self.seed,

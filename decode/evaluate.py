@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import GenerationConfig
 
 from slipstream.configs.errors import SlipstreamError
 from slipstream.configs.progress import progress
@@ -116,30 +117,53 @@ def round_lengths(tokens: Sequence[Token]) -> list[int]:
     return [end - before for before, end in itertools.pairwise(ends)]
 
 
-def _autoregressive(
-    target: Target, prompts: list[list[int]], max_new_tokens: int, temperature: float, seed: int
+def autoregressive(
+    target: Target,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    seed: int = 0,
+    **options: Any,
 ) -> tuple[list[list[int]], float]:
-    """transformers' own `generate`; new tokens of each prompt, and seconds."""
-    options: dict[str, Any] = {"do_sample": temperature > 0, "repetition_penalty": 1.0}  # as ours: nothing is filtered
+    """transformers' own `generate`, as ours decodes: nothing of the checkpoint's generation config filters the logits.
+
+    Args:
+        target: Whose model.
+        prompts: Token ids of each.
+        max_new_tokens: Per prompt; none goes beyond the context.
+        temperature: 0 is greedy.
+        seed: Of the draws.
+        **options: Other settings of `generate`, `prompt_lookup_num_tokens` for one.
+
+    Returns:
+        New tokens of each prompt, and seconds.
+    """
     if temperature > 0:
-        options |= {"temperature": temperature, "top_k": 0, "top_p": 1.0}
+        options |= {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
         torch.manual_seed(seed)
+    room = [min(max_new_tokens, target.context - len(prompt)) for prompt in prompts]
     ids, mask = _padded(prompts, target)
-    begun = time.perf_counter()
-    out = target.model.generate(ids, attention_mask=mask, max_new_tokens=max_new_tokens, **options)
-    seconds = time.perf_counter() - begun
-    stops = set(target.stop_ids())
+    stops = target.stop_ids()
+    own, target.model.generation_config = target.model.generation_config, GenerationConfig(eos_token_id=stops or None)
+    target.model.generation_config.pad_token_id = own.pad_token_id if own is not None else None
+    try:
+        begun = time.perf_counter()
+        out = target.model.generate(ids, attention_mask=mask, max_new_tokens=max(room), **options)
+        seconds = time.perf_counter() - begun
+    finally:
+        target.model.generation_config = own
     rows = []
-    for row in out[:, ids.shape[1] :].tolist():  # behind a row's end stands padding
+    for row, most in zip(out[:, ids.shape[1] :].tolist(), room, strict=True):  # behind a row's end stands padding
         end = next((i for i, token in enumerate(row) if token in stops), len(row) - 1)
-        rows.append(row[: end + 1])
+        rows.append(row[: min(end + 1, most)])
     return rows, seconds
 
 
-def _padded(prompts: list[list[int]], target: Target) -> tuple[Tensor, Tensor]:
+def _padded(prompts: Sequence[Sequence[int]], target: Target) -> tuple[Tensor, Tensor]:
     """Prompts and their mask, [B, n], padded on the left."""
     width = max(map(len, prompts))
-    ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts], device=target.device)
+    ids = torch.tensor([[0] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=target.device)
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=target.device)
     return ids, mask
 
@@ -171,7 +195,9 @@ def answer_batch(
         prompts = [target.encode_prompt(chats[i]) for i in going]
         tagged: list[list[Token]] = [[] for _ in going]
         if rule == "autoregressive":
-            outputs, seconds = _autoregressive(target, prompts, max_new_tokens, temperature, seed)
+            outputs, seconds = autoregressive(
+                target, prompts, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed
+            )
             spent = Times(seconds, seconds, 0.0)
         else:
             ids, mask = _padded(prompts, target)
@@ -262,7 +288,10 @@ def _bounds(values: np.ndarray, digits: int) -> list[float]:
 
 
 def by_position(lengths: Sequence[int]) -> list[float]:
-    """Share of rounds in which at least 1, 2, .. drafts were accepted; a round of length n accepted n - 1."""
+    """Share of rounds in which at least 1, 2, .. drafts were accepted; a round of length n accepted n - 1.
+
+    An answer's last round counts likewise, though it may have been cut short on a draft.
+    """
     counts = np.bincount(lengths, minlength=2)
     reached = counts[::-1].cumsum()[::-1] / max(1, len(lengths))
     return [round(float(v), 4) for v in reached[2:]]
@@ -270,14 +299,14 @@ def by_position(lengths: Sequence[int]) -> list[float]:
 
 def by_task(records: list[list[Record]]) -> dict[str, list[list[Record]]]:
     """The records of `compare` by task: `all` first, then each task and what it belongs to, where there are several."""
+    tasks = dict.fromkeys(r.task for r in records[0])
     names = ["all"]
-    for task in dict.fromkeys(r.task for r in records[0] if r.task != "all"):
+    for task in tasks:
         parts = task.split("/")
         names += ["/".join(parts[: i + 1]) for i in range(len(parts))]
-    names = list(dict.fromkeys(names))
     return {
         name: [[r for r in group if name == "all" or f"{r.task}/".startswith(f"{name}/")] for group in records]
-        for name in (names if len(names) > 2 else names[:1])
+        for name in dict.fromkeys(names if len(tasks) > 1 else names[:1])
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -59,8 +60,11 @@ class Plan:
             Verifier.of(rule)
         if any(size < 1 for size in self.batch_sizes):
             raise SlipstreamError(f"batch_size must be at least 1, not {min(self.batch_sizes)}")
-        if any(temperature < 0 for temperature in self.temperatures):
-            raise SlipstreamError(f"temperature must not be negative, but is {min(self.temperatures):g}")
+        for temperature in self.temperatures:
+            if not 0 <= temperature < math.inf:
+                raise SlipstreamError(f"temperature must be a number from 0 up, not {temperature:g}")
+        if self.seed < 0:
+            raise SlipstreamError(f"seed must not be negative, but is {self.seed}")
         if self.max_new_tokens < 1:
             raise SlipstreamError(f"max_new_tokens must be at least 1, not {self.max_new_tokens}")
 

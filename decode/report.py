@@ -82,7 +82,7 @@ def _by_prompt(samples: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]
         beside = talks.setdefault(sample["prompt"], [])
         first = beside[0] if beside else sample
         pairs = zip(first["tokens"], sample["tokens"], strict=False)
-        same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0]["text"] == pair[1]["text"], pairs))
+        same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0]["id"] == pair[1]["id"], pairs))
         beside.append({**sample, "same": same})
     return talks
 
@@ -152,12 +152,14 @@ def _speed(rows: list[Row]) -> str:
 def _fidelity(rows: list[Row], lengths: dict[tuple[str, float], float]) -> str:
     """What one rule does to the output, in words; `lengths` are the target's own answer lengths."""
     if all(row["lossless"] for row in rows):
-        outputs = {_output(row) for row in rows}
-        if "differs" in outputs:
+        outputs = sorted({_output(row) for row in rows})
+        if any(output.startswith("differs") for output in outputs):
             return "but did not give the same tokens in every answer"
         if "unchecked" in outputs:
             return "(its tokens were not compared with the target’s)"
-        return "and keeps the target’s distribution" if "sampled" in outputs else "and gives the same tokens"
+        if "sampled" in outputs:
+            return "and keeps the target’s distribution"
+        return f"and gives the same tokens{outputs[-1].removeprefix('same')}"
     up = "up to " if len(rows) > 1 else ""
     regrets = [row["mean_regret_nats"] for row in rows]
     text = "at a regret that was not measured"
@@ -201,7 +203,9 @@ def _output(row: Row) -> str:
         return "relaxed"
     if row["temperature"] > 0:
         return "sampled"
-    return {True: "same", False: "differs", None: "unchecked"}[row["identical_to_target"]]
+    word = {True: "same", False: "differs", None: "unchecked"}[row["identical_to_target"]]
+    checked = row.get("identity_dtype")  # where it was found out in a run of its own
+    return f"{word} in {checked}" if checked and word != "unchecked" else word
 
 
 def _number(value: float | None, digits: int, unit: str = "") -> str:

@@ -17,26 +17,38 @@ if TYPE_CHECKING:
 _STYLES = {"exact": "green", "relaxed": "yellow underline", "bonus": ""}
 
 
+class Pieces:
+    """The text that each further token adds: none while its bytes do not make a character yet."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, special: bool) -> None:
+        self.tokenizer = tokenizer
+        self.special = special
+        self._ids: list[int] = []
+        self._text = ""
+
+    def add(self, token: int) -> str:
+        """The next token's text; special tokens have one where `special` says so."""
+        self._ids.append(token)
+        text = self.tokenizer.decode(self._ids, skip_special_tokens=not self.special)
+        if text.endswith("\ufffd"):
+            return ""
+        fresh, self._text = text[len(self._text) :], text
+        return fresh
+
+
 class TagStream:
     """Prints tagged tokens of each round; bytes that do not make a character yet wait for the next round."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, *, plain: bool) -> None:
-        self.tokenizer = tokenizer
+        self.pieces = Pieces(tokenizer, special=False)
         self.console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
         self.plain = plain or not self.console.is_terminal
-        self._ids: list[int] = []
-        self._printed = ""
 
     def put(self, tokens: list[Token]) -> None:
         """Print one round."""
         for token in tokens:
-            self._ids.append(token.id)
-            text = self.tokenizer.decode(self._ids, skip_special_tokens=True)
-            if text.endswith("\ufffd"):
-                continue
-            fresh, self._printed = text[len(self._printed) :], text
             style = "" if self.plain else _STYLES[token.tag]
-            self.console.print(Text(fresh, style=style), end="")
+            self.console.print(Text(self.pieces.add(token.id), style=style), end="")
         self.console.file.flush()
 
     def end(self) -> None:

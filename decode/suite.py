@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import shutil
 import time
@@ -29,10 +30,12 @@ from slipstream.decode.report import results_table, write_report
 from slipstream.decode.sandbox import isolation
 from slipstream.decode.scores import score_means, score_records
 from slipstream.decode.signals import signal_samples
+from slipstream.decode.stream import Pieces
 from slipstream.decode.tables import card_tables
-from slipstream.decode.tasks import encode_first
 from slipstream.decode.trace import fingerprint, join
+from slipstream.decode.verify import require_drawn
 from slipstream.distill.heads import versions
+from slipstream.distill.store import weights_fingerprint
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -67,9 +70,9 @@ def header(target: Target, draft: str, seed: int) -> dict[str, Any]:
 
 def sample_answer(target: Target, row: Row, rule: str, record: Record) -> dict[str, Any]:
     """The answer to a first turn, token by token, for the report."""
-    tokenizer = target.chat_tokenizer
+    pieces = Pieces(target.chat_tokenizer, special=True)
     tokens = [
-        {"text": tokenizer.decode([t.id]), "tag": t.tag, "margin": t.margin, "regret": t.regret}
+        {"id": t.id, "text": pieces.add(t.id), "tag": t.tag, "margin": t.margin, "regret": t.regret}
         for t in record.tagged[: len(record.outputs[0])]
     ]
     return {"prompt": row["turns"][0], "rule": rule, "tokens": tokens}
@@ -108,12 +111,13 @@ def evaluate(decoders: Mapping[str, Decoder], rows: Sequence[Row], plan: Plan, o
         for draft, decoder in decoders.items()
         for rule in (plan.rules if draft != "none" else ())
     ]
-    _check_lengths(target, rows)
+    _check_lengths(target, rows, plan.max_new_tokens)
+    _check_rules(decoders, plan)
     sandbox = isolation() if plan.score and any("test" in row for row in rows) else None  # or an error, before the work
+    said = header(target, ", ".join(decoders), plan.seed)
     begun = {
-        "target": target.name,
-        "dtype": str(target.dtype),
-        "think": target.think,
+        **{name: said[name] for name in ("target", "device", "dtype", "think")},
+        "weights": weights_fingerprint(target),
         "drafts": {name: _digest([d.policy.to_dict(), prints[name]]) for name, d in decoders.items()},
         "prompts": _digest([[row["task"], row["turns"]] for row in rows]),
         **{k: v for k, v in json.loads(json.dumps(asdict(plan))).items() if k != "score"},
@@ -125,7 +129,7 @@ def evaluate(decoders: Mapping[str, Decoder], rows: Sequence[Row], plan: Plan, o
         score_records(target, rows, groups)
     baseline, *_ = records[plan.settings[0]]
     results = {
-        **header(target, ", ".join(decoders), plan.seed),
+        **said,
         "plan": asdict(plan),
         "rows": [row for setting in plan.settings for row in _rows(decoders, plan, setting, records[setting])],
         **_policies(decoders),
@@ -188,14 +192,25 @@ def answer_lines(
     return "\n".join(lines) + "\n"
 
 
-def _check_lengths(target: Target, rows: Sequence[Row]) -> None:
-    """A prompt that does not fit fails before anything runs."""
+def _check_lengths(target: Target, rows: Sequence[Row], max_new_tokens: int) -> None:
+    """A conversation that may not fit fails before anything runs; its last answer may be cut short."""
     for row in rows:
-        length = len(encode_first(target, row))
-        if length >= target.context:
+        questions = sum(len(target.encode_prompt([{"role": "user", "content": text}])) for text in row["turns"])
+        answers = (len(row["turns"]) - 1) * max_new_tokens
+        if questions + answers >= target.context:
+            before = f" and up to {answers} of answers before its last turn" if answers else ""
             raise SlipstreamError(
-                f"{row['place']}: the prompt has {length} tokens, the context of {target.name} is {target.context}"
+                f"{row['place']}: the prompt has {questions} tokens{before}, the context of {target.name} is "
+                f"{target.context}; {'give fewer --max_new_tokens or ' if answers else ''}leave it out"
             )
+
+
+def _check_rules(decoders: Mapping[str, Decoder], plan: Plan) -> None:
+    """A rule that cannot judge a draft's trees fails before anything runs."""
+    drawn = [d for name, d in decoders.items() if name != "none"] if any(plan.temperatures) else []
+    for decoder, rule in itertools.product(drawn, plan.rules):
+        tree = decoder.policy.tree
+        require_drawn(decoder.policy.rule(rule), tree.sampled, tree.size == tree.depth + 1)
 
 
 def _rows(decoders: Mapping[str, Decoder], plan: Plan, setting: Setting, groups: Groups) -> list[Row]:

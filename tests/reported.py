@@ -55,11 +55,11 @@ def full_results() -> dict[str, Any]:
     """Every part; two answers to one prompt."""
     rows = [row("autoregressive", 1.0, speedup_ci95=None), row("engine", 1.1), row("exact", 1.62), row("mars", 1.8)]
     samples = [
-        {"text": "Hello", "tag": "exact", "margin": 4.2, "regret": 0.0},
-        {"text": "<script>", "tag": "relaxed", "margin": 0.3, "regret": 0.31},
-        {"text": " & all\n", "tag": "bonus", "margin": None, "regret": None},
+        {"id": 1, "text": "Hello", "tag": "exact", "margin": 4.2, "regret": 0.0},
+        {"id": 2, "text": "<script>", "tag": "relaxed", "margin": 0.3, "regret": 0.31},
+        {"id": 3, "text": " & all\n", "tag": "bonus", "margin": None, "regret": None},
     ]
-    strict = [samples[0], samples[2] | {"text": "there"}, samples[0] | {"text": " & all\n"}]
+    strict = [samples[0], samples[2] | {"id": 4, "text": "there"}, samples[0] | {"id": 3, "text": " & all\n"}]
     point = {"step": 10, "tokens": 4096, "seconds": 2.5, "loss": 6.1, "simulated_acceptance_length": 1.4}
     curve = [point | {"accuracy": [0.3, 0.2]}, point | {"step": 20, "loss": 4.0, "accuracy": [0.5, 0.35]}]
     labels = {"label": "depth 4 <b>", "tokens_per_second": 32.4, "acceptance_length": 2.3}

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -20,11 +21,13 @@ from slipstream.cli import main
 from slipstream.configs.errors import SlipstreamError
 from slipstream.decode import plan as plan_module
 from slipstream.decode import suite
-from slipstream.decode.evaluate import Record, Times, answer_batch, by_task, interval
+from slipstream.decode.evaluate import Record, Times, answer_batch, autoregressive, by_task, interval
 from slipstream.decode.plan import Plan, measure
 from slipstream.decode.policy import Policy
+from slipstream.decode.stream import Pieces
 from slipstream.decode.suite import evaluate, short_names
 from slipstream.decode.tasks import read_tasks
+from slipstream.decode.tree import TreeShape
 from slipstream.decode.verify import Verifier
 
 if TYPE_CHECKING:
@@ -313,7 +316,12 @@ def test_a_rule_may_carry_its_settings(text, verifier):
         (("--rules", "mars:margin=x"), "'margin' in rule 'mars:margin=x' must be a number, not 'x'"),
         (("--rules", "exact", "exact"), "rules names 'exact' twice"),
         (("--batch_size", "2", "0"), "batch_size must be at least 1, not 0"),
-        (("--temperature", "0", "-1"), "temperature must not be negative, but is -1"),
+        (
+            ("--rules", "mars:ratio=0.9,margin=1"),
+            "rule 'mars:ratio=0.9,margin=1' names two signals, ratio and margin; give one",
+        ),
+        (("--temperature", "0", "-1"), "temperature must be a number from 0 up, not -1"),
+        (("--seed", "-5"), "seed must not be negative, but is -5"),
         (("--max_new_tokens", "0"), "max_new_tokens must be at least 1, not 0"),
         (("--trace",), "--trace records rounds of drafts, and there is none; give --draft"),
         (("--score",), 'line.jsonl:1: no reference; --score needs "reference", one per turn'),
@@ -333,3 +341,68 @@ def test_a_prompt_that_does_not_fit_is_named_before_anything_runs(tmp_path, deco
     file = write(tmp_path, {"turns": ["Hi"]}, {"turns": ["Hi " * 300]}, name="long")
     with pytest.raises(SlipstreamError, match=r"long\.jsonl:3: the prompt has \d+ tokens, the context of .* is 256"):
         evaluate(decoders, read_tasks([file]), Plan(), tmp_path)
+    file = write(tmp_path, {"turns": ["Hi", "Yo", "hello"]}, name="talk")
+    with pytest.raises(SlipstreamError, match=r"talk\.jsonl:1: .* up to 300 of answers before its last turn, .* fewer"):
+        evaluate(decoders, read_tasks([file]), Plan(max_new_tokens=150), tmp_path)
+    assert not (tmp_path / "progress.jsonl").exists()
+
+
+def test_a_rule_that_cannot_judge_the_trees_is_refused_before_anything_runs(tmp_path, decoders, files):
+    plan = Plan(rules=("exact", "block"), temperatures=(0.0, 1.0), max_new_tokens=4)
+    with pytest.raises(SlipstreamError, match="rule 'block' needs a drawn chain"):
+        evaluate(decoders, read_tasks(files[:1]), plan, tmp_path)
+    drawn = replace(decoders["one"].policy, tree=TreeShape.chain(2, sampled=True))
+    chained = {"one": slipstream.Decoder(decoders["one"].target, decoders["one"].drafter, drawn)}
+    with pytest.raises(SlipstreamError, match="rule 'mars' judges trees of the likeliest drafts"):
+        evaluate(chained, read_tasks(files[:1]), replace(plan, rules=("exact", "mars")), tmp_path)
+    assert not list(tmp_path.iterdir())
+    rows = evaluate(chained, read_tasks(files[:1]), plan, tmp_path)["rows"]
+    assert {row["rule"] for row in rows} == {"autoregressive", "engine", "exact", "block"}
+
+
+def test_an_interrupted_run_does_not_go_on_with_other_weights(tmp_path, tiny_target_folder, heads, files, monkeypatch):
+    target = slipstream.load_target(str(tiny_target_folder), dtype=torch.float32)
+    decoders, plan = {"one": slipstream.load(target, heads[0])}, Plan(max_new_tokens=4)
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(suite, "measure_likelihood", stop)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(decoders, read_tasks(files[:1]), plan, tmp_path)
+    with torch.no_grad():
+        next(target.model.parameters()).mul_(1.5)
+    with pytest.raises(SlipstreamError, match="weights"):
+        evaluate(decoders, read_tasks(files[:1]), plan, tmp_path)
+
+
+def test_the_baseline_decodes_as_ours_does(tiny_target_folder):
+    """Nothing of the checkpoint's generation config filters, and nothing goes beyond the context."""
+    target = slipstream.load_target(str(tiny_target_folder), dtype=torch.float32)
+    prompts = [list(range(3, 9)), list(range(9, 40))]
+    plain, _ = autoregressive(target, prompts, max_new_tokens=12)
+    config = target.model.generation_config
+    config.update(repetition_penalty=1.7, no_repeat_ngram_size=1, suppress_tokens=plain[0][:2])
+    assert autoregressive(target, prompts, max_new_tokens=12)[0] == plain
+    looked_up, _ = autoregressive(target, prompts[:1], max_new_tokens=12, prompt_lookup_num_tokens=4)
+    assert looked_up == plain[:1]
+    assert target.model.generation_config is config
+    out = slipstream.Decoder(target).generate(torch.tensor(prompts[:1]), max_new_tokens=12)
+    assert [token.id for token in out.tokens] == plain[0]
+    target.model.generation_config.eos_token_id = None
+    long = [5 + i % 100 for i in range(target.context - 3)]
+    assert [len(row) for row in autoregressive(target, [long], max_new_tokens=9)[0]] == [3]
+
+
+def test_answers_are_shown_in_characters_and_compared_by_token(tiny_tokenizer):
+    ids = tiny_tokenizer("Yo 中é!", add_special_tokens=False)["input_ids"]
+    pieces = Pieces(tiny_tokenizer, special=True)
+    shown = [pieces.add(token) for token in ids]
+    assert "".join(shown) == "Yo 中é!"
+    assert "\ufffd" not in "".join(shown)
+    assert any(len(piece) == 0 for piece in shown)  # bytes of a character that was not whole yet
+
+
+def test_one_category_beside_none_has_its_own_rows():
+    records = [[Record("all", tokens=4), Record("b", tokens=6)]]
+    assert {name: [r.tokens for r in group[0]] for name, group in by_task(records).items()} == {"all": [4, 6], "b": [6]}

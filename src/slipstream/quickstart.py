@@ -196,6 +196,7 @@ class Quickstart:
         lengths = [n for record in chained for n in record.accept_lengths]
         return {
             "identical": identical_outputs(records, rules),
+            "checked": {"dtype": "float32", "prompts": len(self.prompts), "tokens": self.new_tokens // 3},
             "simulated_acceptance_length": round(simulated_acceptance_length(head, target, answers, steps), 4),
             "measured_chain_acceptance_length": round(sum(lengths) / len(lengths), 4),
         }
@@ -226,15 +227,19 @@ class Quickstart:
         measure_likelihood(target, self.prompts, records)
         alone = self._head_alone(decoder)
         training = json.loads((self.out / "training.json").read_text())
-        rows = judged_rows(decoder, rules, records, seed=self.recipe.train.seed, identical=identity["identical"])
+        identical, checked = identity.pop("identical"), identity.pop("checked")
+        rows = judged_rows(decoder, rules, records, seed=self.recipe.train.seed, identical=identical)
+        for row in rows:
+            row["identity_dtype"] = checked["dtype"]
         results = {
             **header(target, str(self.out / "draft"), self.recipe.train.seed),
             "rows": rows,
+            "identity": checked,
             "policy": decoder.policy.to_dict(),
             "frontier": json.loads((self.out / "frontier.json").read_text()),
             "training": {
                 **training,
-                **{k: v for k, v in identity.items() if k != "identical"},
+                **identity,
                 "minutes": round(training["curve"][-1]["seconds"] / 60, 1),
                 "tokens": training["curve"][-1]["tokens"],
             },
