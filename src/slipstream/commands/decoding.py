@@ -56,8 +56,8 @@ def generate(
     chat = prompt is None and sys.stdin.isatty()
     if prompt is None and not chat:
         prompt = sys.stdin.read().strip()
-        if not prompt:
-            raise SlipstreamError("no prompt: give --prompt, or write one to standard input")
+    if not chat and not (prompt or "").strip():
+        raise SlipstreamError("no prompt: give --prompt, or write one to standard input")
     loaded = slipstream.load_target(target, dtype=dtype, think=_think(think, [draft]))
     decoder = slipstream.load(loaded, draft, compiled=compiled)
     if schedule is not None:
