@@ -119,7 +119,8 @@ class Point:
         relaxed: Share of tokens that were relaxed.
         schedule: Of speculation.
         predicted: Tokens per second foreseen, of a point that was run; None where a trace cannot tell.
-        agreement: Share of tokens before the first difference from the exact output, of a point that was run.
+        agreement: Share of tokens before the first difference from exact decoding in the same tree, of a point that was
+            run.
         recovery: Share of the exact policy's task score, of a point whose answers were scored.
         recovery_ci95: Its 95 % interval over prompts; None where there is none.
         scores: The task scores by name, as `scores.score_means` has them; empty where answers were not scored.
@@ -148,14 +149,18 @@ class Point:
         return (bounds[1] if bounds else ratio) < 1
 
     @property
-    def label(self) -> str:
-        """Rule, tree and schedule in words."""
+    def guarded(self) -> str:
+        """The rule with its guards, in words."""
         guards = [f"rank {self.rule.rank}"] if self.rule.rank > 2 else []
         guards += [f"{self.rule.per_round:g} a round"] if self.rule.per_round < float("inf") else []
+        return ", ".join([self.rule.label, *guards])
+
+    @property
+    def label(self) -> str:
+        """Rule, tree and schedule in words."""
         shape = f"depth {self.shape.depth}, top-k {self.shape.top_k}, {self.shape.nodes} nodes"
         shape += f" and {self.shape.copied} copied" if self.shape.copied else ""
-        words = [self.rule.label, *guards, shape, *([self.schedule] if self.schedule != "fixed" else [])]
-        return ", ".join(words)
+        return ", ".join([self.guarded, shape, *([self.schedule] if self.schedule != "fixed" else [])])
 
     def apply(self, policy: Policy) -> Policy:
         """The policy with this point's tree and schedule, and its rule as the relaxed one if it is one."""
@@ -166,6 +171,9 @@ class Point:
         """As the report and `decode.json` have it."""
         return {
             "label": self.label,
+            "rule": self.guarded,
+            "tree": f"{self.shape.depth}/{self.shape.top_k}/{self.shape.nodes}+{self.shape.copied}",
+            "schedule": self.schedule,
             "tokens_per_second": round(self.speed, 2),
             "predicted_tokens_per_second": None if self.predicted is None else round(self.predicted, 2),
             "acceptance_length": round(self.tau, 3),

@@ -22,7 +22,6 @@ from slipstream.decode.budget import NEARLY, Point
 from slipstream.decode.costs import PROBES, CostProbe
 from slipstream.decode.engine import Decoder
 from slipstream.decode.evaluate import compare, interval
-from slipstream.decode.fidelity import common_prefix
 from slipstream.decode.recorder import record
 from slipstream.decode.replay import check, cut, judge
 from slipstream.decode.sandbox import isolation
@@ -296,10 +295,14 @@ def _run(
 
 
 def _confirmed(point: Point, records: Sequence[Record], exact: Sequence[Record]) -> Point:
+    """The point as it ran; `exact` is whose task scores it is told against.
+
+    Its agreement is with exact decoding in the same tree, which gives the same tokens up to the first relaxed one and
+    another one there. (The tokens of another tree are rounded otherwise, and part without any relaxation.)
+    """
     tokens = sum(r.tokens for r in records)
     lengths = [n for r in records for n in r.accept_lengths]
-    same = sum(common_prefix(ours.outputs, theirs.outputs) for ours, theirs in zip(records, exact, strict=True))
-    longer = sum(max(ours.tokens, theirs.tokens) for ours, theirs in zip(records, exact, strict=True))
+    same = sum(next((i for i, t in enumerate(r.tagged) if t.tag == "relaxed"), r.tokens) for r in records)
     point = replace(
         point,
         speed=tokens / sum(r.seconds for r in records),
@@ -307,7 +310,7 @@ def _confirmed(point: Point, records: Sequence[Record], exact: Sequence[Record])
         regret=sum(r.regret for r in records) / tokens,
         relaxed=sum(r.relaxed for r in records) / tokens,
         predicted=point.predicted if point.confirmed else point.speed,
-        agreement=same / max(1, longer),
+        agreement=same / tokens,
         confirmed=True,
         records=records,
     )
@@ -322,13 +325,17 @@ def frontier_table(points: Sequence[dict[str, Any]]) -> Table:
     """What was run, for the terminal; the chosen point is marked."""
     ran = [point for point in points if point["confirmed"]]
     scored = "recovery" in ran[0]
-    kept = ["task score kept (95 %)"] if scored else []
-    table = Table("", "policy", "tokens/s", "predicted", "tau", "regret (nats)", "agreement", *kept, box=None)
+    caption = "tree: depth/top-k/nodes+copied, and a schedule that is not fixed; regret: nats per token"
+    table = Table("", "rule", box=None, caption=caption, caption_justify="left")
+    table.add_column("tree", overflow="fold")
+    for name in ("tok/s", "foreseen", "tau", "regret", "agreement", *(["score kept"] if scored else [])):
+        table.add_column(name, justify="right", no_wrap=name != "score kept", overflow="fold")
     for p in ran:
         foreseen = p["predicted_tokens_per_second"]
         table.add_row(
             "*" if p["chosen"] else "",
-            p["label"],
+            p["rule"],
+            p["tree"] + (f" {p['schedule']}" if p["schedule"] != "fixed" else ""),
             f"{p['tokens_per_second']:.1f}",
             "-" if foreseen is None else f"{foreseen:.1f}",
             f"{p['acceptance_length']:.2f}",

@@ -381,6 +381,24 @@ def _require_causal(model: PreTrainedModel, name: str) -> None:
         raise SlipstreamError(f"target {name!r} is no causal language model: earlier tokens see later ones")
 
 
+def find_device(asked: str | None, index: int = 0) -> str:
+    """The device asked for, if it is here; by default a card where there is one, of several the given one.
+
+    Raises:
+        SlipstreamError: If it is not here.
+    """
+    cards = torch.cuda.device_count()
+    if asked is None:
+        return f"cuda:{index}" if cards else "cpu"
+    try:
+        device = torch.device(asked)
+    except RuntimeError as error:
+        raise SlipstreamError(f"unknown device {asked!r}; give cpu, cuda, cuda:1, ..") from error
+    if device.type == "cuda" and (device.index or 0) >= cards:
+        raise SlipstreamError(f"device {asked!r} is not here: this machine has {cards} CUDA devices")
+    return asked
+
+
 def load_target(
     name: str,
     *,

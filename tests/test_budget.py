@@ -192,4 +192,4 @@ def test_the_command_takes_task_files_and_writes_what_was_kept(
     assert (measured["budget"], measured["prompts"]) == ("task=0.1", 2)
     assert measured["chosen"]["recovery"] >= 0.1
     assert set(measured["chosen"]) >= {"recovery", "recovery_ci95", "scores"}
-    assert "task score" in capsys.readouterr().err
+    assert "kept" in capsys.readouterr().err

@@ -1,6 +1,7 @@
 """Tuning: what is predicted from a trace, what is run, and what is said where a budget cannot be met."""
 
 import json
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -11,10 +12,12 @@ from tiny import tiny_head
 from slipstream.cli import main
 from slipstream.configs.errors import SlipstreamError
 from slipstream.decode import tune as tuning
-from slipstream.decode.budget import Budget
+from slipstream.decode.budget import Budget, Point
 from slipstream.decode.costs import CostProbe, Costs
 from slipstream.decode.drafters import HeadDrafter
 from slipstream.decode.engine import Decoder
+from slipstream.decode.evaluate import compare
+from slipstream.decode.fidelity import common_prefix
 from slipstream.decode.policy import Policy
 from slipstream.decode.recorder import record
 from slipstream.decode.trace import Trace
@@ -185,6 +188,18 @@ def test_what_kept_to_the_budget_stays_where_its_last_run_does_not(decoder, monk
     assert [row["label"] for row in rows if row["chosen"]] == [policy.measured["chosen"]["label"]]
 
 
+def test_agreement_is_with_exact_decoding_in_the_same_tree(decoder):
+    rule, shape = Verifier("mars", "margin", 0.2), FEW[1]
+    here = Decoder(decoder.target, decoder.drafter, replace(decoder.policy, tree=shape))
+    exact, ours = compare([(here, "exact"), (here, rule)], PROMPTS, max_new_tokens=16, label="")
+    assert {len(a.outputs[0]) for a in (*exact, *ours)} == {16}
+    kept = sum(common_prefix(a.outputs, b.outputs) for a, b in zip(exact, ours, strict=True))
+    other = [replace(record, outputs=[[]]) for record in exact]  # another tree's, whatever it gave, is not looked at
+    point = tuning._confirmed(Point(shape, rule, 1.0, 1.0, 0.0, 0.0), ours, other)
+    assert point.agreement == kept / 64
+    assert 0 < point.agreement < 1
+
+
 def test_a_budget_nothing_can_meet_names_the_nearest_point(decoder):
     loose = [Verifier("mars", "margin", 9.0, rank=3)]
     for budget in ("regret=0", "agreement=1"):
@@ -209,7 +224,7 @@ def test_the_command_writes_the_policy_and_keeps_the_trace(
     command += ["--prompts", str(prompts), "--max_new_tokens", "12", "--trace", str(trace)]
     assert main([*command, "--budget", "strict"]) == 0
     assert Policy.load(head_folder).measured["budget"] == "strict"
-    assert "exact, depth" in capsys.readouterr().err
+    assert re.search(r"\* *exact +\d/\d/\d", capsys.readouterr().err)
     before = trace.read_bytes()
     assert main([*command, "--budget", "strict"]) == 0
     assert trace.read_bytes() == before

@@ -57,6 +57,9 @@ COMMANDS: dict[str, Callable[..., None]] = {
     )
 }
 
+_KIND = r"(typing\.Literal\[.*?\]|<class '[\w.]+'>)"  # as jsonargparse writes what it expected
+_KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}
+
 RECIPE_COMMANDS = ("capture", "train")  # their first parameter is a recipe: a file, and an option for every field
 
 
@@ -111,9 +114,22 @@ def _known(command: str | None) -> list[str]:
     return ["config", *own[1:], *(f"{name}.{f.name}" for name, kind in sections.items() for f in fields(kind))]  # type: ignore[arg-type]
 
 
-def _explain(message: str, command: str | None) -> str:
-    """jsonargparse's message in one line, with the near name where a key is unknown."""
+def _explain(message: str, command: str | None, config: str | None) -> str:
+    """jsonargparse's message in one line and plain words, with the near name where a key is unknown."""
     line = " ".join(message.split())
+    if line.startswith("Problems parsing config:"):
+        told = line.partition(": ")[2].replace('"<unicode string>", ', "")
+        return f"{config} is not YAML: {told}" if config else line
+    wrong = re.search(rf'key "([\w.]+)"(?: element \d+)?:.*?Expected an? {_KIND}.*?(?:Got|Given) value: (.*)$', line)
+    if wrong:
+        key, kind, given = wrong.groups()
+        words = re.findall(r"'([^']+)'", kind)
+        if kind.startswith("typing"):
+            return f"{key} must be one of {', '.join(words)}, not {given!r}"
+        return f"{key} must be {_KINDS.get(words[0], words[0])}, not {given!r}"
+    unknown = re.search(r"invalid choice: '(.*?)'", line)
+    if unknown and command is None:
+        return f"unknown command {unknown.group(1)!r}{near(unknown.group(1), _known(None))}"
     found = re.search(r"(?:[Kk]ey|[Oo]ption|arguments:) ['\"]?(?:--)?([\w.]+)", line)
     if found and re.search(r"not expected|nrecognized|not accepted|does not accept", line):
         key = found.group(1)
@@ -137,8 +153,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             values["recipe"] = Recipe(**{field.name: values.pop(field.name) for field in fields(Recipe)})
         COMMANDS[settings.command](**values)
     except (SlipstreamError, ArgumentError) as error:
-        command = next((a for a in (arguments if arguments is not None else sys.argv[1:]) if a in COMMANDS), None)
-        told = _explain(str(error), command) if isinstance(error, ArgumentError) else error
+        given = list(arguments if arguments is not None else sys.argv[1:])
+        command = next((a for a in given if a in COMMANDS), None)
+        config = given[given.index("--config") + 1] if "--config" in given[:-1] else None
+        told = _explain(str(error), command, config) if isinstance(error, ArgumentError) else error
         print(f"slipstream: {told}", file=sys.stderr)
         return 2
     except OSError as error:

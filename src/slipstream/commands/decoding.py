@@ -22,6 +22,7 @@ def generate(
     max_new_tokens: int = 256,
     seed: int = 0,
     dtype: Dtype = "bfloat16",
+    device: str | None = None,
     schedule: Schedule | None = None,
     think: bool | None = None,
     compiled: bool = False,
@@ -39,6 +40,7 @@ def generate(
         max_new_tokens: Per answer, exact to the token.
         seed: Of the draws.
         dtype: Of target and draft.
+        device: `cpu`, `cuda`, `cuda:1`, ..; default: a card where there is one.
         schedule: How the tree changes from round to round; default: as in the head's decode.json.
         think: Whether answers think before they speak, for templates with `enable_thinking`; default: as the head was
             trained.
@@ -52,13 +54,14 @@ def generate(
     import slipstream
     from slipstream.decode.speculation import Speculation
     from slipstream.decode.stream import TagStream
+    from slipstream.distill.target import find_device
 
     chat = prompt is None and sys.stdin.isatty()
     if prompt is None and not chat:
         prompt = sys.stdin.read().strip()
     if not chat and not (prompt or "").strip():
         raise SlipstreamError("no prompt: give --prompt, or write one to standard input")
-    loaded = slipstream.load_target(target, dtype=dtype, think=_think(think, [draft]))
+    loaded = slipstream.load_target(target, dtype=dtype, device=find_device(device), think=_think(think, [draft]))
     decoder = slipstream.load(loaded, draft, compiled=compiled)
     if schedule is not None:
         decoder.policy = replace(decoder.policy, speculation=Speculation(schedule))
@@ -123,6 +126,7 @@ def evaluate(
     score: bool = False,
     trace: bool = False,
     dtype: Dtype = "bfloat16",
+    device: str | None = None,
     seed: int = 0,
     think: bool | None = None,
     card: bool = False,
@@ -146,6 +150,7 @@ def evaluate(
         score: Score the answers: HumanEval's tests, GSM8K's numbers, ROUGE-L against other references.
         trace: Record every round of every draft and rule into traces/*.arrow; the time that takes is not counted.
         dtype: Of target and head; whether outputs are identical is only claimed in float32.
+        device: `cpu`, `cuda`, `cuda:1`, ..; default: a card where there is one.
         seed: Of draws and intervals.
         think: Whether answers think before they speak; default: as the heads were trained.
         card: Write the measured table into the model card (README.md) of the head's folder as well.
@@ -157,6 +162,7 @@ def evaluate(
     from slipstream.decode.report import require_figures
     from slipstream.decode.suite import evaluate as measure
     from slipstream.decode.tasks import read_tasks, require_references
+    from slipstream.distill.target import find_device
 
     if (out / "results.json").exists():
         raise SlipstreamError(f"{out} holds the results of another run; give another --out")
@@ -168,7 +174,7 @@ def evaluate(
     rows = read_tasks(prompts, limit)
     if score:
         require_references(rows)
-    loaded = slipstream.load_target(target, dtype=dtype, think=_think(think, draft))
+    loaded = slipstream.load_target(target, dtype=dtype, device=find_device(device), think=_think(think, draft))
     decoders = {name: slipstream.load(loaded, name) for name in draft}
     require_figures()
     require_writable(out, 10)
@@ -185,6 +191,7 @@ def tune(
     trace: Path | None = None,
     max_new_tokens: int = 96,
     dtype: Dtype = "bfloat16",
+    device: str | None = None,
     think: bool | None = None,
 ) -> None:
     """Choose tree, rule and schedule for this device within a budget of fidelity; writes decode.json into the head's folder.
@@ -198,27 +205,33 @@ def tune(
             tokens before the first difference from the exact output), or `task=0.981` (the least share of the exact
             policy's task score, on prompts with references).
         trace: Where to keep what was recorded; a trace that is there is used, not recorded again.
-        max_new_tokens: Per turn.
+        max_new_tokens: Per turn; of the prompts that are recorded, only first turns are asked.
         dtype: Of target and head.
+        device: The one to tune for: `cpu`, `cuda`, `cuda:1`, ..; default: a card where there is one.
         think: Whether answers think before they speak; default: as the head was trained.
     """
     import slipstream
     from slipstream.configs.progress import console
     from slipstream.decode.budget import Budget
+    from slipstream.decode.policy import FILE
     from slipstream.decode.tasks import read_tasks, require_references, tuning_prompts
     from slipstream.decode.tune import frontier_table, gain
     from slipstream.decode.tune import tune as search
     from slipstream.distill.heads import check_head
+    from slipstream.distill.target import find_device
 
+    if max_new_tokens < 1:
+        raise SlipstreamError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
     check_head(draft)  # not only on the hub: its folder is written to
     limit = Budget.parse(budget)  # fails before anything runs
     rows = read_tasks(prompts) if prompts else tuning_prompts()
     if limit.kind == "task":
         require_references(rows, "--budget task")
-    loaded = slipstream.load_target(target, dtype=dtype, think=_think(think, [str(draft)]))
+    loaded = slipstream.load_target(target, dtype=dtype, device=find_device(device), think=_think(think, [str(draft)]))
     decoder = slipstream.load(loaded, draft)
     policy, points = search(decoder, rows, budget=limit, max_new_tokens=max_new_tokens, trace=trace)
     policy.save(draft)
     console.print(frontier_table(points))
     if limit.kind != "strict":
         console.print(gain(policy))
+    console.print(f"policy: {draft / FILE}")

@@ -30,13 +30,11 @@ def capture(
         dtype: Of the states; `float8_e4m3fn` takes half the disk and is less exact.
         shard: I/N writes every N-th file from the I-th on. The last to write finishes the store.
     """
-    import torch
-
     from slipstream.configs.files import require_writable
     from slipstream.data.conversations import load
     from slipstream.distill.capture import bytes_per_token, claim, finish, missing, plan_store, write_shards
     from slipstream.distill.store import Manifest
-    from slipstream.distill.target import load_target
+    from slipstream.distill.target import find_device, load_target
 
     if recipe.target.shard:
         raise SlipstreamError(
@@ -47,7 +45,7 @@ def capture(
         int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
     )
     settings = recipe.target
-    device = _device(settings, f"cuda:{local}" if torch.cuda.is_available() else "cpu")
+    device = _device(settings, find_device(None, local))
     target = load_target(settings.name, dtype=settings.dtype, adapter=settings.adapter, device=device)
     target, _ = _begin(recipe, target)
     tokens = load(recipe.data, target.chat_tokenizer)
