@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from slipstream.distill.target import Target
 
 _NUMBER = re.compile(r"(?:(?<![\w)])-)?\$?\d[\d,]*(?:\.\d+)?")
+_FINAL = re.compile(rf"####[ \t]*({_NUMBER.pattern})\.?\s*$", re.MULTILINE)
 _FENCE = re.compile(r"```[^\n]*\n(.*?)(?:```|\Z)", re.DOTALL)
 _WORD = re.compile(r"[^\W_]+")
 
@@ -94,12 +95,13 @@ def program(row: dict[str, Any], text: str) -> str:
 
 
 def final_number(text: str) -> Decimal | None:
-    """The number behind the last `####`, else the last number; None where there is none."""
-    found = _NUMBER.findall(text.rpartition("####")[2]) if "####" in text else _NUMBER.findall(text)
-    if not found:
-        return None
-    number = found[0] if "####" in text else found[-1]
-    return Decimal(number.replace(",", "").replace("$", ""))
+    """The number after the last `####` with nothing but a number to the end of its line, else the last number.
+
+    `####` before anything else is a heading of Markdown. None where there is no number.
+    """
+    text = text.replace("\N{MINUS SIGN}", "-")
+    found = _FINAL.findall(text) or _NUMBER.findall(text)
+    return Decimal(found[-1].replace(",", "").replace("$", "")) if found else None
 
 
 def rouge_l(reference: str, text: str) -> float:

@@ -68,10 +68,14 @@ def test_rouge_l_by_hand():
         ("That is $1,234.50.", "1234.5"),
         ("So 18.00 dollars", "18"),
         ("from 10-5 to -5", "-5"),
-        ("x #### 1,000 (not 7)", "1000"),
+        ("from 10−5 to −5", "-5"),
+        ("so\n#### 1,000\nand not 7", "1000"),
+        ("#### 1\n#### −$1,234.50.\nCheck: 7", "-1234.5"),
+        ("#### Step 1: Add\n20 + 20 = 40\n#### Step 2: Add two\n40 + 2 = 42\n\nThe answer is 42.", "42"),
+        ("#### 1. Add\n20 + 20 = 40\n####\n5", "5"),
         ("\\boxed{42}", "42"),
         ("none", None),
-        ("12 #### none", None),
+        ("12 #### none", "12"),
     ],
 )
 def test_the_final_number(text, number):
