@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import re
+import warnings
 from decimal import Decimal
+from textwrap import dedent
 from typing import TYPE_CHECKING, Any
 
 from slipstream.configs.progress import progress
@@ -19,6 +22,7 @@ if TYPE_CHECKING:
 _NUMBER = re.compile(r"(?:(?<![\w)])-)?\$?\d[\d,]*(?:\.\d+)?")
 _FINAL = re.compile(rf"####[ \t]*({_NUMBER.pattern})\.?\s*$", re.MULTILINE)
 _FENCE = re.compile(r"```[^\n]*\n(.*?)(?:```|\Z)", re.DOTALL)
+_FUTURE = re.compile(r"^from __future__ import (?:\([^)]*\)|.*)", re.MULTILINE)
 _WORD = re.compile(r"[^\W_]+")
 
 
@@ -85,13 +89,36 @@ def recovery(base: Sequence[Record], ours: Sequence[Record], seed: int) -> tuple
 def program(row: dict[str, Any], text: str) -> str:
     """HumanEval's program: the prompt, the completion, the test, and its call.
 
-    Of a chat answer the completion is the code block that defines the function, else the first one, else all of it. A
-    block may hold the whole function, which then replaces the one begun in the prompt.
+    Of a chat answer the completion is the first code block that defines the function, after what earlier blocks define
+    and after the prompt's text up to the function; else the first block, else all of it, after the whole prompt.
     """
-    blocks = _FENCE.findall(text)
     defines = re.compile(rf"^(?:async )?def {re.escape(row['entry_point'])}\b", re.MULTILINE)
-    code = next((block for block in blocks if defines.search(block)), blocks[0] if blocks else text)
-    return f"{row['prompt']}\n{code}\n{row['test']}\ncheck({row['entry_point']})\n"
+    blocks = _FENCE.findall(text)
+    whole = [dedent(block) for block in blocks]
+    at = next((i for i, block in enumerate(whole) if defines.search(block)), None)
+    if at is None:
+        parts = [row["prompt"], blocks[0] if blocks else text]
+    else:
+        parts = [defines.split(row["prompt"], maxsplit=1)[0], *map(_definitions, whole[:at]), whole[at]]
+    code = "\n".join(parts)
+    first = "\n".join(_FUTURE.findall(code))  # Python wants them before anything else
+    return f"{first}\n{_FUTURE.sub('', code)}\n{row['test']}\ncheck({row['entry_point']})\n"
+
+
+def _definitions(block: str) -> str:
+    """What a block imports and defines, literals among it; nothing of what it would run, or if it is no Python."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return "\n".join(ast.unparse(statement) for statement in ast.parse(block).body if _defines(statement))
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return ""
+
+
+def _defines(statement: ast.stmt) -> bool:
+    if isinstance(statement, ast.Assign):
+        return not any(isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load) for node in ast.walk(statement))
+    return isinstance(statement, (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef))
 
 
 def final_number(text: str) -> Decimal | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from decimal import Decimal
 from itertools import combinations
+from textwrap import indent
 from typing import Any
 
 import pytest
@@ -109,6 +110,64 @@ WHOLE = "def one():\n    return 1\n"
 )
 def test_pass_at_1_of_completions_and_of_chat_answers(text, passed):
     assert score(HUMANEVAL, [text]) == {"pass@1": passed}
+
+
+HELPED = """def one():
+    return len(helper(LIMIT, sqrt(4)))
+"""
+EXPLAINED = f"""Install it and look at the first words:
+```sh
+pip install numpy
+```
+```python
+words = text.split()
+seen["\\d"] = words
+return one()
+```
+```
+>>> one()
+1
+```
+1. Then a helper:
+
+   ```python
+   from math import sqrt
+   LIMIT = 10**9
+   def helper(*numbers):
+       return numbers[1:]
+   print(one())
+   ```
+
+2. And the function:
+
+   ```python
+{indent(HELPED, "   ")}
+   ```
+"""
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        EXPLAINED,
+        f"1. Here:\n\n   ```python\n{indent(WHOLE, '   ')}   ```\n",
+        f"- ```python\n{indent(WHOLE, '  ')}  ```\n",
+        f"```python\nfrom __future__ import annotations\n{WHOLE}```",
+        f"```python\nfrom __future__ import (\n    annotations,\n)\nimport math\n{WHOLE}```",
+        f"from __future__ import annotations\n{WHOLE}",
+        f"```\n{'(' * 10**4}\n```\n```\n\0\n```\n```\n{WHOLE}```",
+    ],
+)
+def test_a_right_answer_passes_however_it_is_laid_out(text):
+    assert score(HUMANEVAL, [text]) == {"pass@1": 1.0}
+
+
+def test_a_whole_function_follows_what_its_prompt_defines_before_it():
+    prompt = "from math import sqrt\n\ndef helper(x):\n    return sqrt(x)\n\ndef one():\n"  # nothing in its body yet
+    test = "def check(candidate):\n    assert candidate() == helper(1)\n"
+    row = {**HUMANEVAL, "prompt": prompt, "test": test}
+    assert score(row, ["```python\ndef one():\n    return int(helper(sqrt(1)))\n```"]) == {"pass@1": 1.0}
+    assert score(row, ["    return int(helper(sqrt(1)))"]) == {"pass@1": 1.0}
 
 
 def test_score_means_stand_beside_lengths_and_differences():
