@@ -1,9 +1,10 @@
 """Run programs that a model wrote where they can do little harm.
 
 Each program gets a process, an empty folder, and limits on time, memory, files and processes. What changes anything
-outside ends it: an audit hook sees it in Python, and behind that stand the kernel's limits and, where the machine grants
-them, namespaces without network and without a way out of the process tree. This is made for the mistakes of a model, not
-against an attacker: a program that looks for its judge's memory can forge a pass.
+outside ends it: an audit hook sees it in Python, what raises no audit event is replaced or cannot be imported, and behind
+that stand the kernel's limits and, where the machine grants them, namespaces without network and without a way out of the
+process tree. This is made for the mistakes of a model, not against an attacker: a program that looks for its judge's memory
+can forge a pass, and one that looks for what was replaced can find it.
 """
 
 from __future__ import annotations
