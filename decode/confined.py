@@ -69,7 +69,7 @@ def forbid(answer: int) -> None:
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
         if event == "import":
             admit(arguments[0], arguments[1])
-        writes = event == "open" and isinstance(arguments[2], int) and arguments[2] & writing
+        writes = event == "open" and (arguments[2] or 0) & writing
         if writes or (event.startswith(forbidden) and event not in harmless):
             end(event)
 

@@ -126,11 +126,12 @@ def other():
         ("time.clock_settime_ns()", "time.clock_settime_ns"),
         ("syslog.syslog('')", "syslog.syslog"),
         ("__main__.FORBIDDEN = ()\n    os.mkdir(new)", "os.mkdir"),
+        ("builtins.isinstance = lambda *a: False\n    open(new, 'w')", "open"),
     ],
 )
 def test_the_hook_needs_no_help_from_the_kernel(tmp_path, other, source, what):
     program = (
-        "import __main__, _posixsubprocess, os, posix, resource, signal, syslog, time\n"
+        "import __main__, _posixsubprocess, builtins, os, posix, resource, signal, syslog, time\n"
         f"new, other = {str(tmp_path / 'new')!r}, {other.pid}\n"
         f"try:\n    {source}\nexcept BaseException:\n    pass\n"
     )
