@@ -91,54 +91,55 @@ class Contender(NamedTuple):
 
 
 class _Unit(NamedTuple):
-    """What is measured at once: a batch of prompts, answered by one contender."""
+    """What is measured at once: a batch of prompts, answered by every contender."""
 
     setting: Setting
     start: int  # place of its first prompt in the order of answering
     batch: list[int]  # places of the prompts among the rows
-    who: int
 
 
 def measure(
     contenders: Sequence[Contender], rows: Sequence[Row], plan: Plan, path: Path, parts: Path, begun: dict[str, Any]
 ) -> dict[Setting, Groups]:
-    """Records by setting, contender and row; each batch of answers is journalled at `path` when it is there.
+    """Records by setting, contender and row; what all answered to a batch of prompts is journalled at `path` together.
 
-    All contenders answer a batch before the next one comes, so that drift hits them alike. What is resumed is warmed up
-    again. A trace of each batch is in `parts` before its answers are in the journal.
+    So drift hits them alike, and an interruption does not come between a rule and its baseline. What is resumed is warmed
+    up again. A trace of each batch is in `parts` before its answers are in the journal.
     """
-    units = _units(contenders, rows, plan)
+    units = _units(rows, plan)
     warm: set[tuple[Setting, int]] = set()
-    with Journal(path, begun) as journal, progress("measure", len(units), "batches") as advance:
-        advance(len(journal.units))
-        for number, (setting, start, batch, who) in enumerate(units):
+    answers: list[Record]
+    with Journal(path, begun) as journal, progress("measure", len(units) * len(contenders), "batches") as advance:
+        advance(len(journal.units) * len(contenders))
+        for number, (setting, start, batch) in enumerate(units):
             if number in journal.units:
                 continue
-            contender, heat = contenders[who], setting.temperature
-            rule, _, decoder, _ = contender
-            asked = [rows[i] for i in batch]
-            if (setting, who) not in warm:  # not counted
-                opening = [{**row, "turns": row["turns"][:1]} for row in asked]
-                answer_batch(decoder, rule, opening, max_new_tokens=_WARM_UP_TOKENS, temperature=heat)
-                warm.add((setting, who))
-            with _watched(contender, parts / f"{number}.arrow" if plan.trace else None) as observer:
-                answers = answer_batch(
-                    decoder,
-                    rule,
-                    asked,
-                    max_new_tokens=plan.max_new_tokens,
-                    temperature=heat,
-                    seed=plan.seed + start,
-                    observer=observer,
-                )
+            answers, asked, heat = [], [rows[i] for i in batch], setting.temperature
+            for who, contender in enumerate(contenders):
+                rule, _, decoder, _ = contender
+                if (setting, who) not in warm:  # not counted
+                    opening = [{**row, "turns": row["turns"][:1]} for row in asked]
+                    answer_batch(decoder, rule, opening, max_new_tokens=_WARM_UP_TOKENS, temperature=heat)
+                    warm.add((setting, who))
+                with _watched(contender, _part(parts, number, who) if plan.trace else None) as observer:
+                    answers += answer_batch(
+                        decoder,
+                        rule,
+                        asked,
+                        max_new_tokens=plan.max_new_tokens,
+                        temperature=heat,
+                        seed=plan.seed + start,
+                        observer=observer,
+                    )
+                advance()
             journal.append(number, [asdict(answer) for answer in answers])
-            advance()
         kept = journal.rows()
     out: dict[Setting, dict[tuple[int, int], Record]] = {setting: {} for setting in plan.settings}
     for row in kept:
         number, index, _ = row.pop("unit")
-        setting, start, batch, who = units[number]
-        out[setting][who, batch[index]] = Record.from_dict({**row, "batch": start})
+        setting, start, batch = units[number]
+        who, place = divmod(index, len(batch))
+        out[setting][who, batch[place]] = Record.from_dict({**row, "batch": start})
     return {
         setting: [[found[who, i] for i in range(len(rows))] for who in range(len(contenders))]
         for setting, found in out.items()
@@ -154,23 +155,25 @@ def trace_parts(
     """
     first = [0, *itertools.accumulate(len(row["turns"]) for row in rows)]
     out: dict[tuple[Setting, int], list[tuple[Path, list[int]]]] = {}
-    for number, (setting, _, batch, who) in enumerate(_units(contenders, rows, plan)):
-        if contenders[who].draft is None:
-            continue
+    for number, (setting, _, batch) in enumerate(_units(rows, plan)):
         turns = range(max(len(rows[i]["turns"]) for i in batch))
         numbers = [first[i] + turn for turn in turns for i in batch if turn < len(rows[i]["turns"])]
-        out.setdefault((setting, who), []).append((parts / f"{number}.arrow", numbers))
+        for who, contender in enumerate(contenders):
+            if contender.draft is not None:
+                out.setdefault((setting, who), []).append((_part(parts, number, who), numbers))
     return out
 
 
-def _units(contenders: Sequence[Contender], rows: Sequence[Row], plan: Plan) -> list[_Unit]:
+def _units(rows: Sequence[Row], plan: Plan) -> list[_Unit]:
     """All that is measured, in order; a unit's number is its place here."""
     return [
-        _Unit(setting, start, batch, who)
-        for setting in plan.settings
-        for start, batch in _batches(rows, setting.batch_size)
-        for who in range(len(contenders))
+        _Unit(setting, start, batch) for setting in plan.settings for start, batch in _batches(rows, setting.batch_size)
     ]
+
+
+def _part(parts: Path, unit: int, who: int) -> Path:
+    """Where a contender's trace of a unit is."""
+    return parts / f"{unit}-{who}.arrow"
 
 
 def _watched(contender: Contender, path: Path | None) -> AbstractContextManager[Recorder | None]:

@@ -99,8 +99,8 @@ def evaluate(decoders: Mapping[str, Decoder], rows: Sequence[Row], plan: Plan, o
         out: An existing folder.
 
     Raises:
-        SlipstreamError: If a prompt does not fit, `out` holds the beginning of another run, or programs cannot be scored
-            here.
+        SlipstreamError: If a prompt does not fit, a rule cannot judge a draft's trees, `out` holds another run, or programs
+            cannot be scored here.
     """
     first = next(iter(decoders.values()))
     target = first.target
@@ -122,6 +122,8 @@ def evaluate(decoders: Mapping[str, Decoder], rows: Sequence[Row], plan: Plan, o
         "prompts": _digest([[row["task"], row["turns"]] for row in rows]),
         **{k: v for k, v in json.loads(json.dumps(asdict(plan))).items() if k != "score"},
     }
+    if (out / "results.json").is_file():
+        return _finished(out, {**begun, "score": plan.score})
     records = measure(contenders, rows, plan, out / _JOURNAL, out / _PARTS, begun)
     groups = [group for groups in records.values() for group in groups]
     measure_likelihood(target, rows, groups)
@@ -131,6 +133,7 @@ def evaluate(decoders: Mapping[str, Decoder], rows: Sequence[Row], plan: Plan, o
     results = {
         **said,
         "plan": asdict(plan),
+        "settings": {**begun, "score": plan.score},
         "rows": [row for setting in plan.settings for row in _rows(decoders, plan, setting, records[setting])],
         **_policies(decoders),
         **({"sandbox": sandbox.to_dict()} if sandbox else {}),
@@ -151,6 +154,18 @@ def evaluate(decoders: Mapping[str, Decoder], rows: Sequence[Row], plan: Plan, o
         (out / name).unlink()
     if plan.trace:
         shutil.rmtree(out / _PARTS)
+    console.print(results_table(results))
+    return results
+
+
+def _finished(out: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """The results in a folder, if they are those of these settings."""
+    results: dict[str, Any] = json.loads((out / "results.json").read_text())
+    before = results.get("settings", {})
+    changed = [name for name in {**before, **settings} if before.get(name) != settings.get(name)]
+    if changed:
+        raise SlipstreamError(f"{out} holds the results of another run ({', '.join(changed)}); give another --out")
+    console.print(f"this run is finished; nothing was changed. Report: {out / 'report.html'}")
     console.print(results_table(results))
     return results
 

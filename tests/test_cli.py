@@ -112,8 +112,39 @@ def contents(folder: Path) -> dict[str, tuple[int, bytes]]:
 
 def test_no_command_and_an_unknown_one_list_the_known(slipstream):
     assert "quickstart" in slipstream().complaint
-    complaint = slipstream("trian").complaint
-    assert all(f"'{name}'" in complaint for name in COMMANDS)
+    assert slipstream("trian").complaint == "unknown command 'trian'; did you mean 'train'?"
+    complaint = slipstream("xyz").complaint
+    assert all(name in complaint for name in COMMANDS)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ("generate", "--schedule", "foo"),
+            "schedule must be one of fixed, heuristic, confidence, entropy, cost, not 'foo'",
+        ),
+        (
+            ("export", "--draft", "a", "--out", "b", "--to", "trt"),
+            "to must be one of eagle, sglang, vllm, speculators, not 'trt'",
+        ),
+        (("evaluate", "--out", "x", "--limit", "2.5"), "limit must be a whole number, not '2.5'"),
+        (("evaluate", "--out", "x", "--temperature", "0", "a"), "temperature must be a number, not 'a'"),
+        (("train", "--train.learning_rate", "abc"), "train.learning_rate must be a number, not 'abc'"),
+        (("generate", "--prompt", "Hi", "--device", "banana"), "unknown device 'banana'; give cpu, cuda, cuda:1, .."),
+        (("generate", "--prompt", "Hi", "--device", "cuda:99"), "device 'cuda:99' is not here: this machine has"),
+    ],
+)
+def test_a_value_of_another_kind_is_told_in_plain_words(slipstream, arguments, message):
+    assert slipstream(*arguments).complaint.startswith(message)
+
+
+def test_a_recipe_that_is_not_yaml_is_named(slipstream, tmp_path):
+    file = tmp_path / "recipe.yaml"
+    file.write_text("train: [")
+    assert slipstream("train", "--config", file, "--out", tmp_path / "out").complaint.startswith(
+        f"{file} is not YAML: "
+    )
 
 
 @pytest.mark.parametrize(
@@ -351,13 +382,15 @@ def test_evaluating_nothing_is_refused(slipstream, tmp_path, tiny_target_folder,
     assert not (tmp_path / "out" / "results.json").exists()
 
 
-def test_evaluate_leaves_the_results_of_another_run_alone(slipstream, tmp_path, tiny_target_folder, prompts):
+def test_evaluate_again_changes_nothing_and_another_run_is_refused(slipstream, tmp_path, tiny_target_folder, prompts):
     out = tmp_path / "out"
     command = ("evaluate", "--target", tiny_target_folder, "--prompts", prompts, "--max_new_tokens", 4, "--out", out)
     assert slipstream(*command).status == 0
     before = contents(out)
     assert set(before) == {"answers.jsonl", "report.html", "results.json", "table.md"}
-    assert slipstream(*command).complaint == f"{out} holds the results of another run; give another --out"
+    assert slipstream(*command).status == 0
+    other = slipstream(*command, "--seed", 3)
+    assert other.complaint == f"{out} holds the results of another run (seed); give another --out"
     assert contents(out) == before
 
 

@@ -146,8 +146,8 @@ def test_an_interrupted_run_leaves_the_traces_of_a_whole_one(decoders, prompts, 
         patch.setattr(plan_module, "answer_batch", limited)
         with pytest.raises(InterruptedRunError):
             evaluate(decoder, rows, SMALL, tmp_path)
-    drafted = [number for number in range(finished) if number % 4 > 1]  # two baselines, two rules
-    assert {path.name for path in tmp_path.glob("progress.traces/*")} == {f"{n}.arrow" for n in drafted}
+    drafted = [divmod(number, 4) for number in range(finished) if number % 4 > 1]  # two baselines, two rules
+    assert {path.name for path in tmp_path.glob("progress.traces/*")} == {f"{n}-{who}.arrow" for n, who in drafted}
     with pytest.raises(SlipstreamError, match="was made with trace=True, not False"):
         evaluate(decoder, rows, replace(SMALL, trace=False), tmp_path)
     evaluate(decoder, rows, SMALL, tmp_path)

@@ -164,8 +164,6 @@ def evaluate(
     from slipstream.decode.tasks import read_tasks, require_references
     from slipstream.distill.target import find_device
 
-    if (out / "results.json").exists():
-        raise SlipstreamError(f"{out} holds the results of another run; give another --out")
     plan = Plan(tuple(rules), tuple(temperature), tuple(batch_size), max_new_tokens, seed, score, trace)
     if card and (len(draft) > 1 or not (Path(draft[0]) / "config.json").is_file()):
         raise SlipstreamError(f"--card needs one draft head's folder, which {' '.join(draft)} is not")
