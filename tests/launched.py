@@ -48,6 +48,7 @@ def main(out: str, settings: str, stop: str = "0") -> None:
         torch.save(head.state_dict(), folder / "weights.pt")
         said = {"processes": trainer.launch.processes, "begun": begun, "losses": [row["loss"] for row in rows]}
         said |= {"held": held(target), "graphs": counters["stats"]["unique_graphs"]}
+        said |= {"patience": patience()}
         (folder / "said.json").write_text(json.dumps(said))
 
 
@@ -56,6 +57,14 @@ def held(target: Target) -> float:
     layers = [*layers_of(target).parameters()]
     here = sum((x.to_local() if isinstance(x, DTensor) else x).numel() for x in layers)
     return here / sum(x.numel() for x in layers)
+
+
+def patience() -> float | None:
+    """Seconds that a process waits for the others of its launch; None where there are none."""
+    if not torch.distributed.is_initialized():
+        return None
+    group = torch.distributed.distributed_c10d._get_default_group()
+    return group._get_backend(torch.device("cpu")).options._timeout.total_seconds()
 
 
 if __name__ == "__main__":

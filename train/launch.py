@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from datetime import timedelta
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, cast
 
@@ -28,6 +29,10 @@ if TYPE_CHECKING:
     from slipstream.configs.recipe import TrainSettings
 
 
+_PATIENCE = timedelta(days=1)
+"""How long a process waits for the others: as long as the first one may take to tokenize the data."""
+
+
 def start(settings: TrainSettings, folder: Path) -> Accelerator:
     """Join the other processes of this launch, if there are any; trackers write into `folder`.
 
@@ -45,7 +50,7 @@ def start(settings: TrainSettings, folder: Path) -> Accelerator:
         cpu=on_cpu and not deepspeed,
         log_with=list(settings.trackers) or None,
         project_dir=str(folder),
-        kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")] if on_cpu and deepspeed else None,
+        kwargs_handlers=[InitProcessGroupKwargs(backend="gloo" if on_cpu and deepspeed else None, timeout=_PATIENCE)],
     )
     if accelerator.num_processes != int(os.environ.get("WORLD_SIZE", "1")):
         raise SlipstreamError(
