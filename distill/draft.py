@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -16,6 +17,7 @@ from transformers.models.llama.modeling_llama import (
 )
 
 from slipstream.configs.errors import SlipstreamError
+from slipstream.distill.store import weights_fingerprint
 
 if TYPE_CHECKING:
     from slipstream.distill.target import Target
@@ -159,6 +161,9 @@ class DraftHead(PreTrainedModel):
 
     Row p takes the feature of token p and the embedding of token p+1, and predicts token p+2. The recurrent feature is
     the layers' output before `norm`, unless the config says otherwise. Tensor names are those SafeAILab publishes.
+
+    Attributes:
+        trained_on: Fingerprint of the weights of its target, and the dtype these had; None where nobody says.
     """
 
     config_class = DraftConfig
@@ -167,6 +172,7 @@ class DraftHead(PreTrainedModel):
     d2t: Tensor
     t2d: Tensor
     lm_head: nn.Linear
+    trained_on: tuple[str, torch.dtype | None] | None = None
 
     def __init__(self, config: DraftConfig) -> None:
         super().__init__(config)
@@ -293,14 +299,19 @@ class DraftHead(PreTrainedModel):
         return self.lm_head(self.normed(hidden))
 
     def check_target(self, target: Target) -> None:
-        """Make sure this head was made for `target`.
+        """Make sure this head was made for `target`, whatever the path to it is now.
 
         Raises:
-            SlipstreamError: If name, width, vocabulary or layers differ.
+            SlipstreamError: If name and weights, width, vocabulary or layers differ.
         """
         config = self.config
-        if config.target_name and config.target_name != target.name:
-            raise SlipstreamError(f"this draft head belongs to target {config.target_name!r}, not to {target.name!r}")
+        if config.target_name and not _same_place(config.target_name, target.name) and not self._knows(target):
+            here = str(target.dtype).removeprefix("torch.")
+            weights = "unknown" if self.trained_on is None else f"not these in {here}"
+            raise SlipstreamError(
+                f"this draft head belongs to target {config.target_name!r}, not to {target.name!r} (the weights it was "
+                f"trained on are {weights}); to use it all the same, set target_name in its config.json to {target.name!r}"
+            )
         if self.layer_ids != target.layer_ids:
             raise SlipstreamError(
                 f"this draft head reads layers {self.layer_ids}, target {target.name!r} was loaded to give "
@@ -312,6 +323,19 @@ class DraftHead(PreTrainedModel):
         ):
             if mine != theirs:
                 raise SlipstreamError(f"this draft head expects {what} {mine}, but target {target.name!r} has {theirs}")
+
+    def _knows(self, target: Target) -> bool:
+        """Whether this head was trained on the weights of `target`."""
+        if self.trained_on is None:
+            return False
+        weights, dtype = self.trained_on
+        return weights_fingerprint(target, dtype) == weights
+
+
+def _same_place(first: str, second: str) -> bool:
+    """Whether two names of targets are one, or lead to one folder or file."""
+    paths = [Path(name).expanduser() for name in (first, second)]
+    return first == second or (all(path.exists() for path in paths) and paths[0].samefile(paths[1]))
 
 
 AutoConfig.register(DraftConfig.model_type, DraftConfig)

@@ -16,9 +16,11 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from slipstream.configs.errors import SlipstreamError
 from slipstream.configs.files import folder_atomic
+from slipstream.configs.recipe import Recipe
 from slipstream.distill.draft import DraftConfig, DraftHead
 from slipstream.distill.hub import commit, fetch
 from slipstream.distill.store import weights_fingerprint
+from slipstream.distill.target import DTYPES
 from slipstream.distill.tensors import read_index, read_json
 
 if TYPE_CHECKING:
@@ -115,6 +117,13 @@ def read_provenance(folder: Path) -> dict[str, Any]:
     return read_json(file) if file.is_file() else {}
 
 
+def _trained_on(folder: Path) -> tuple[str, torch.dtype | None] | None:
+    """Fingerprint of the weights that a head was trained on, and the dtype these had; None where nobody says."""
+    told = read_provenance(folder)
+    dtype = Recipe.written(told.get("recipe") or {})["target"]["dtype"]
+    return (told["weights"], DTYPES.get(dtype)) if told.get("weights") else None
+
+
 def is_head(folder: Path) -> bool:
     """Whether a folder is to be read as a draft head rather than as a causal LM."""
     try:
@@ -171,5 +180,6 @@ def load_head(
             raise SlipstreamError(
                 f"draft head {str(folder)!r}: {what.replace('_', ' ')} {sorted(map(str, info[what]))}"
             )
+    head.trained_on = _trained_on(path)
     head.eval().requires_grad_(False)
     return head.to(device)

@@ -228,14 +228,14 @@ class Store:
         return Captured(*padded)
 
 
-def weights_fingerprint(target: Target) -> str:
-    """Fingerprint of some 64 values of every parameter, on whatever device it lies."""
+def weights_fingerprint(target: Target, dtype: torch.dtype | None = None) -> str:
+    """Fingerprint of some 64 values of every parameter, on whatever device it lies; as they would be in `dtype`, if given."""
     samples = []
     for prefix, module in target.model.named_modules():
         with align_module_device(module):  # brings back what accelerate keeps elsewhere
             for name, parameter in module.named_parameters(recurse=False):
                 values = parameter.detach().flatten()
-                sample = values[:: max(1, len(values) // 64)].float().cpu()
+                sample = values[:: max(1, len(values) // 64)].to(dtype).float().cpu()
                 samples += [f"{prefix}.{name} {list(parameter.shape)}".encode(), sample]
     return digest(*samples)[:16]
 

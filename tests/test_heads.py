@@ -1,6 +1,7 @@
 """Every kind of head decodes what the target would, drafts as it was trained to, and survives its folder."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -8,14 +9,17 @@ from safetensors.torch import load_file, save_file
 from test_formats import rewrite, shard, weights
 from tiny import ARCHITECTURES, HEADS, VOCAB, greedy, tiny_head, tiny_target
 
+import slipstream
 from slipstream.cli import main
 from slipstream.configs.errors import SlipstreamError
+from slipstream.configs.recipe import Recipe
 from slipstream.decode.drafters import HeadDrafter
 from slipstream.decode.engine import Decoder
 from slipstream.decode.evaluate import simulated_acceptance_length
 from slipstream.decode.policy import Policy
 from slipstream.decode.tree import TreeShape
-from slipstream.distill.heads import load_head, save_head
+from slipstream.distill.heads import describe_target, load_head, save_head
+from slipstream.distill.target import load_target
 
 
 def pair(kind, **overrides):
@@ -84,6 +88,47 @@ def test_a_target_that_gives_other_layers_is_refused():
 def test_an_eagle1_head_of_another_width_is_refused():
     with pytest.raises(SlipstreamError, match="as wide as its target: 32, not 16"):
         tiny_head(tiny_target(), kind="eagle1", hidden_size=16)
+
+
+@pytest.fixture(scope="module")
+def bound(tmp_path_factory, tiny_target_folder):
+    """A head that was trained on the tiny target in bf16, whose files hold fp32."""
+    folder = tmp_path_factory.mktemp("bound") / "draft"
+    target = load_target(str(tiny_target_folder), dtype="bfloat16")
+    save_head(tiny_head(target), folder, {**describe_target(target), "recipe": Recipe().to_dict()})
+    return folder
+
+
+def test_a_target_is_known_by_its_place_and_by_its_weights(bound, tiny_target_folder, tmp_path, monkeypatch):
+    moved = shutil.copytree(tiny_target_folder, tmp_path / "moved")
+    monkeypatch.chdir(tiny_target_folder.parent)
+    for name in (f"{tiny_target_folder}/", "tiny", "./tiny/", str(moved)):
+        for dtype in ("bfloat16", "float32"):
+            slipstream.load(load_target(name, dtype=dtype), bound)
+    for dtype in ("bfloat16", "float32"):
+        command = ["export", "--draft", str(bound), "--to", "speculators", "--target", str(moved), "--dtype", dtype]
+        assert main([*command, "--out", str(tmp_path / dtype)]) == 0
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_target_of_other_weights_is_refused_until_the_head_is_bound_to_it(
+    bound, tiny_target_folder, tmp_path, known, capsys
+):
+    other = shutil.copytree(tiny_target_folder, tmp_path / "other")
+    tensors = weights(other / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"].mul_(1.5)
+    save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
+    draft = shutil.copytree(bound, tmp_path / "draft")
+    if not known:
+        (draft / "provenance.json").unlink()
+    command = ["generate", "--target", str(other), "--draft", str(draft), "--prompt", "Hi", "--max_new_tokens", "2"]
+    assert main(command) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"belongs to target {str(tiny_target_folder)!r}, not to {str(other)!r}" in line
+    assert ("not these in bfloat16" if known else "unknown") in line
+    assert line.endswith(f"set target_name in its config.json to {str(other)!r}")
+    rewrite(draft, target_name=str(other))
+    assert main(command) == 0
 
 
 @pytest.fixture

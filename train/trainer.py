@@ -75,13 +75,14 @@ class Trainer:
         self.batches = batches
         self.folder = folder
         set_seed(self.settings.seed)
+        head.check_target(target)  # before its weights are in shards
+        head.config.target_name = target.name
         accelerator = accelerator or start(self.settings, folder)
         self.device = accelerator.device
         if recipe.target.shard:
             shard(target, self.device)
         else:
             target.place(self.device, layers=store is None or self.settings.measure_every is not None)
-        head.check_target(target)
         if self.settings.compile:
             head.compile_layers()
         self.head = head
