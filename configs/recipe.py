@@ -60,7 +60,8 @@ class DataSettings:
         batch_tokens: Tokens per micro-batch and process, padding included.
         packed: Put conversations of any length one behind the other into a micro-batch, kept apart by masks, instead of
             padding ones of similar length.
-        batches: Learn from this many micro-batches only, over and over; None takes all the data.
+        batches: Learn from this many micro-batches only, over and over (from all of them, where there are fewer); None
+            takes all the data, and puts it into other batches every epoch.
     """
 
     conversations: tuple[str, ...] | str | None = None

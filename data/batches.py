@@ -42,8 +42,8 @@ class Batches:
         tokens: `input_ids` and `mask` per row.
         batch_tokens: Tokens of a batch, padding included, at most, unless one row alone is longer.
         seed: Of the order.
-        limit: Use only the first epoch's first batches, as they are, in a new order every pass; None uses all, and
-            puts them together anew every epoch.
+        limit: Use only the first epoch's first batches (all of them, if there are fewer), as they are, in a new order
+            every pass; None uses all, and puts them together anew every epoch.
         packed: Put conversations of any length into one row, instead of padding ones of similar length.
     """
 
@@ -57,7 +57,7 @@ class Batches:
         self.lengths = np.array([len(ids) for ids in tokens["input_ids"]])
         self._epochs: dict[int, list[list[int]]] = {}
         whole = len(self._plan(0))
-        self.limit = limit if limit is not None and limit < whole else None
+        self.limit = None if limit is None else min(limit, whole)
         self.per_epoch = self.limit or whole
 
     def _plan(self, epoch: int) -> list[list[int]]:

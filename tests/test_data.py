@@ -304,13 +304,15 @@ def test_epochs_differ_in_their_order():
     assert first != second
 
 
-def test_a_limited_set_of_batches_comes_whole_in_every_pass_in_another_order():
-    every, some = Batches(rows_of(*LENGTHS), 24, seed=0), Batches(rows_of(*LENGTHS), 24, seed=0, limit=3)
-    wanted = [every[i].input_ids.tolist() for i in range(3)]
-    passes = [[some[3 * e + i].input_ids.tolist() for i in range(3)] for e in range(4)]
+@pytest.mark.parametrize("limit", [3, 99])
+def test_a_limited_set_of_batches_comes_whole_in_every_pass_in_another_order(limit):
+    every, some = Batches(rows_of(*LENGTHS), 24, seed=0), Batches(rows_of(*LENGTHS), 24, seed=0, limit=limit)
+    count = min(limit, every.per_epoch)
+    assert some.per_epoch == count
+    wanted = [every[i].input_ids.tolist() for i in range(count)]
+    passes = [[some[count * e + i].input_ids.tolist() for i in range(count)] for e in range(4)]
     assert all(sorted(one) == sorted(wanted) for one in passes)
     assert len({str(one) for one in passes}) > 1
-    assert Batches(rows_of(*LENGTHS), 24, seed=0, limit=99).per_epoch == every.per_epoch
 
 
 def test_a_batch_holds_no_more_padded_tokens_than_asked_for_unless_one_row_does():

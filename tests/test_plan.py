@@ -235,6 +235,17 @@ def test_time_grows_with_the_passes_and_shrinks_with_the_processes(shape):
     assert seconds(settings, machine=replace(MACHINE, flops=3e12))[2].seconds == pytest.approx(once / 3)
 
 
+def test_kept_features_are_those_of_the_batches_there_are(shape):
+    target, head = outline(recipe(shape))
+    text = Text(100 * BATCH, 1.0, BATCH)
+    kept = {}
+    for count in (10, 100, 10**8):
+        data = DataSettings(max_length=LENGTH, batch_tokens=BATCH, batches=count)
+        settings = replace(recipe(shape), data=data, distill=DistillSettings(keep_features=True))
+        kept[count] = stages(settings, target, head, text, MACHINE)[2].held["kept features"]
+    assert kept[10**8] == kept[100] == 10 * kept[10]
+
+
 def test_what_does_not_fit_is_said_with_the_setting_to_change(shape):
     settings = recipe(shape)
     target, head = outline(settings)

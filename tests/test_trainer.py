@@ -119,15 +119,17 @@ def test_a_run_writes_its_rows_as_it_goes_and_into_tensorboard(tmp_path):
 KEPT = replace(RECIPE, data=DataSettings(batches=3), distill=DistillSettings(steps=2, keep_features=True, single=0.5))
 
 
-def test_kept_features_train_to_the_weights_of_features_captured_anew(tmp_path):
-    online = replace(KEPT, distill=replace(KEPT.distill, keep_features=False))
-    kept, anew = trainer(tmp_path / "kept", KEPT), trainer(tmp_path / "anew", online)
+@pytest.mark.parametrize(("batches", "captured"), [(3, 3), (6, 6), (7, 6), (1000, 6)])  # there are 6
+def test_kept_features_train_to_the_weights_of_features_captured_anew(tmp_path, batches, captured):
+    recipe = replace(KEPT, data=DataSettings(batches=batches))
+    online = replace(recipe, distill=replace(KEPT.distill, keep_features=False))
+    kept, anew = trainer(tmp_path / "kept", recipe), trainer(tmp_path / "anew", online)
     calls = []
     capture = kept.target.capture
     kept.target.capture = lambda ids, starts: calls.append(1) or capture(ids, starts)
     rows = kept.run()
     anew.run()
-    assert len(calls) == 3  # once per batch, though 8 steps were made
+    assert len(calls) == captured  # once per batch, though 8 steps were made
     for name, weight in kept.head.state_dict().items():
         assert torch.equal(weight, anew.head.state_dict()[name]), name
     assert [len(row["accuracy"]) for row in rows] == [2] * 4

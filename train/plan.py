@@ -164,7 +164,7 @@ def stages(recipe: Recipe, target: Target, head: DraftHead, text: Text, machine:
     disk, speed = written_bytes(head, recipe.train), machine.flops * machine.processes
     kept = {}
     if recipe.distill.keep_features and recipe.data.batches is not None:
-        kept = {"kept features": round(recipe.data.batches * text.batch) * captured_bytes(target)}
+        kept = {"kept features": round(min(recipe.data.batches * text.batch, text.tokens)) * captured_bytes(target)}
     needed = ends if recipe.train.measure_every is None else whole
     online, running = whole, states
     if recipe.target.shard:
