@@ -56,7 +56,8 @@ class DataSettings:
         think: Whether answers think before they speak, for templates with `enable_thinking`; as in `regenerate --think`.
         features: A store that `slipstream capture` wrote: training reads its conversations and the target's states of
             them there, and `conversations` is not read; None runs the target.
-        max_length: Longer conversations are cut, tokens.
+        max_length: Longer conversations are cut, tokens; where one is longer than the target's context then, nothing
+            begins.
         batch_tokens: Tokens per micro-batch and process, padding included.
         packed: Put conversations of any length one behind the other into a micro-batch, kept apart by masks, instead of
             padding ones of similar length.

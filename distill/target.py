@@ -153,6 +153,18 @@ class Target:
         """Longest sequence the model was made for, tokens."""
         return int(self.config.max_position_embeddings)
 
+    def require_room(self, longest: int) -> None:
+        """Make sure that conversations of up to `longest` tokens can be learned from.
+
+        Raises:
+            SlipstreamError: If the model was not made for so many.
+        """
+        if longest > self.context:
+            raise SlipstreamError(
+                f"a conversation has {longest} tokens, the context of {self.name} is {self.context}: set data.max_length to "
+                f"{self.context} or less"
+            )
+
     @property
     def chat_tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer, where one is needed.

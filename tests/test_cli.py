@@ -214,6 +214,19 @@ def test_a_value_that_cannot_be_is_named(slipstream, tmp_path, tiny_target_folde
     assert named in run.complaint
 
 
+@pytest.mark.parametrize("command", [("train",), ("train", "--plan"), ("capture",)])
+def test_a_conversation_longer_than_the_context_is_refused(slipstream, tmp_path, tiny_target_folder, command):
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo hello" * 150}]
+    (tmp_path / "talks.jsonl").write_text(json.dumps({"messages": messages}) + "\n")
+    recipe = ("--target.name", tiny_target_folder, "--data.conversations", tmp_path / "talks.jsonl")
+    recipe = (*recipe, "--train.max_steps", 1, "--out", tmp_path / "run")
+    told = (
+        f"a conversation has 312 tokens, the context of {tiny_target_folder} is 256: set data.max_length to 256 or less"
+    )
+    assert slipstream(*command, *recipe).complaint == told
+    assert slipstream(*command, *recipe, "--data.max_length", 256).status == 0
+
+
 def test_a_recipe_that_is_no_yaml_is_one_line(slipstream, tmp_path):
     (tmp_path / "recipe.yaml").write_text("train: {learning_rate: [\n")
     assert "line 2" in slipstream("train", "--config", tmp_path / "recipe.yaml", "--out", tmp_path / "run").complaint

@@ -36,13 +36,17 @@ def show(recipe: Recipe, out: Path, card: Sequence[float]) -> None:
     """Print what a recipe takes, stage by stage; nothing is written and no weights are read.
 
     Raises:
-        SlipstreamError: If the target's config cannot be read, or `card` does not describe one.
+        SlipstreamError: If the target's config cannot be read, a conversation is longer than its context, or `card` does
+            not describe one.
     """
     target, head = outline(recipe)
     try:
-        text, why = Text.of(_token_rows(recipe), recipe.data), ""
+        rows = _token_rows(recipe)
     except SlipstreamError as error:
         text, why = Text.unknown(recipe.data), f", as the data cannot be counted here: {error}"
+    else:
+        target.require_room(max(map(len, rows["input_ids"])))
+        text, why = Text.of(rows, recipe.data), ""
     machine = _machine(recipe, out, card)
     plan = stages(recipe, target, head, text, machine)
     said = "as given by --card" if card else "of a matrix product here"

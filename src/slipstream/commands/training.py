@@ -49,6 +49,7 @@ def capture(
     target = load_target(settings.name, dtype=settings.dtype, adapter=settings.adapter, device=device)
     target, _ = _begin(recipe, target)
     tokens = load(recipe.data, target.chat_tokenizer)
+    target.require_room(max(map(len, tokens["input_ids"])))
     manifest = plan_store(target, tokens, recipe.data, dtype)
     claim(out, manifest)
     if Manifest.load(out).finished and not missing(out, manifest, range(len(manifest.shards))):
@@ -162,6 +163,9 @@ def train(
             store = Store(Path(recipe.data.features).expanduser())
             store.require(target, recipe.data)
             tokens = store.tokens
+    data = recipe.data
+    batches = Batches(tokens, data.batch_tokens, recipe.train.seed, data.batches, packed=data.packed)
+    target.require_room(int(batches.lengths.max()))
     if head is None:
         vocabulary = draft_vocabulary(tokens, recipe.head.draft_vocab_size, target.vocab_size, target.stop_ids())
         head = new_head(target, vocabulary, recipe.head, seed=recipe.train.seed)
@@ -170,8 +174,6 @@ def train(
         if recipe.head.lora_rank is not None:
             add_lora(head, recipe.head.lora_rank, recipe.train.seed)
     origin = describe_target(target)  # before its weights are in shards
-    data = recipe.data
-    batches = Batches(tokens, data.batch_tokens, recipe.train.seed, data.batches, packed=data.packed)
     trainer = Trainer(recipe, target, head, batches, out / "train", store=store, accelerator=accelerator)
     rows = trainer.run()
     trained = trainer.result()
