@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -59,6 +61,16 @@ class Batches:
         whole = len(self._plan(0))
         self.limit = None if limit is None else min(limit, whole)
         self.per_epoch = self.limit or whole
+
+    @cached_property
+    def digest(self) -> str:
+        """Of the lengths, token ids and masks of all rows, in their order: what the batches are made of."""
+        whole = hashlib.sha256()
+        for part in self.tokens.with_format("arrow").iter(1000):
+            ids, mask = (part[name].combine_chunks() for name in ("input_ids", "mask"))
+            for values in (ids.value_lengths(), ids.flatten(), mask.flatten()):
+                whole.update(values.to_numpy(zero_copy_only=False).astype(np.int32).tobytes())
+        return whole.hexdigest()[:32]
 
     def _plan(self, epoch: int) -> list[list[int]]:
         """Row indices of each batch of an epoch."""

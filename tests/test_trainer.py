@@ -47,9 +47,9 @@ def dataset(pairs):
     return Dataset.from_list(rows).with_format("numpy")
 
 
-def trainer(folder, recipe=RECIPE):
+def trainer(folder, recipe=RECIPE, pairs=None):
     target = tiny_target()
-    batches = Batches(dataset(answers()), 120, 0, recipe.data.batches)
+    batches = Batches(dataset(pairs or answers()), 120, 0, recipe.data.batches)
     return Trainer(recipe, target, tiny_head(target, VOCAB).train(), batches, folder)
 
 
@@ -188,6 +188,35 @@ def test_a_run_of_a_version_that_knew_fewer_settings_goes_on_where_these_are_at_
     trainer(tmp_path)
 
 
+@pytest.mark.parametrize("change", ["a token", "the mask", "the order", "a row less"])
+def test_a_run_whose_data_changed_does_not_go_on(tmp_path, change):
+    run = trainer(tmp_path)
+    run._optimize(Metrics(3))
+    run.save()
+    pairs = copy.deepcopy(answers())
+    if change == "a token":
+        pairs[3][1][2] += 1
+    elif change == "the mask":
+        pairs[3] = (pairs[3][0] + pairs[3][1][:1], pairs[3][1][1:])
+    elif change == "the order":
+        pairs[3], pairs[4] = pairs[4], pairs[3]
+    else:
+        pairs = pairs[:-1]
+    with pytest.raises(SlipstreamError, match=r"was begun on other data: .* give another --out"):
+        trainer(tmp_path, pairs=pairs)
+    assert trainer(tmp_path).step == 1
+
+
+def test_a_checkpoint_of_a_version_that_did_not_know_the_data_goes_on(tmp_path):
+    run = trainer(tmp_path)
+    run._optimize(Metrics(3))
+    run.save()
+    state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    del state["progress"]["data"]
+    torch.save(state, tmp_path / "checkpoint.pt")
+    assert trainer(tmp_path, pairs=answers()[:-1]).step == 1
+
+
 def test_an_unknown_objective_names_the_near_one(tmp_path):
     with pytest.raises(SlipstreamError, match="did you mean 'forward_kl'"):
         trainer(tmp_path, replace(RECIPE, distill=DistillSettings(objectives={"forwardkl": 1.0})))
@@ -218,6 +247,7 @@ class _Joined:
 
     def __init__(self, batches):
         self.batches, self.limit, self.batch_tokens, self.per_epoch = batches, None, 0, 1
+        self.digest = batches.digest
 
     def __getitem__(self, index):
         parts = [self.batches[4 * index + i] for i in range(4)]

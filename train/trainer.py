@@ -127,12 +127,18 @@ class Trainer:
             write_atomic(place, json.dumps(mine, indent=2) + "\n")
         state = self.launch.load(self.folder / "checkpoint")
         if state is not None:
+            if state.get("data", self.batches.digest) != self.batches.digest:  # older versions did not write it
+                raise SlipstreamError(
+                    f"{self.folder} was begun on other data: the conversations, or the template that makes tokens of them, "
+                    "have changed since; put them back, or give another --out"
+                )
             self.step, self.seconds, self.rows = state["step"], state["seconds"], state["rows"]
             self.average = {name: weight.to(self.device) for name, weight in state["average"].items()}
 
     def save(self) -> None:
         """Replace the checkpoint by the present state."""
         state = {"step": self.step, "seconds": self.seconds, "rows": self.rows, "average": self.average}
+        state["data"] = self.batches.digest
         self.launch.save(self.folder / "checkpoint", state)
 
     def _unrolled(self) -> int:
