@@ -4,17 +4,34 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from math import inf, isfinite
+from typing import TYPE_CHECKING, Any, Literal
 
 from slipstream.configs.errors import SlipstreamError
 
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
 
-def _require(settings: Any, section: str, names: tuple[str, ...]) -> None:
-    """Refuse numbers of a section that are not above 0."""
-    for name in names:
-        value = getattr(settings, name)
-        if value is not None and not value > 0:
-            raise SlipstreamError(f"{section}.{name} must be above 0, not {value}")
+_RANGES: dict[str, Callable[[float], bool]] = {
+    "above 0": lambda x: 0 < x < inf,
+    "0 or above": lambda x: 0 <= x < inf,
+    "from 0 to 1": lambda x: 0 <= x <= 1,
+    "from 0 to below 1": lambda x: 0 <= x < 1,
+    "above 0 and below 1": lambda x: 0 < x < 1,
+    "from 0 to below 2**32": lambda x: 0 <= x < 2**32,
+    "a finite number": isfinite,
+}
+
+
+def _require(settings: Any, section: str, ranges: dict[str, tuple[str, ...]]) -> None:
+    """Refuse numbers of a section, alone, in pairs or by name, that lie outside their range; None is no number."""
+    for words, names in ranges.items():
+        for name in names:
+            value = getattr(settings, name)
+            several = value.values() if isinstance(value, dict) else value if isinstance(value, tuple) else (value,)
+            if not all(number is None or _RANGES[words](number) for number in several):
+                raise SlipstreamError(f"{section}.{name} must be {words}, not {value}")
 
 
 @dataclass(frozen=True)
@@ -76,9 +93,7 @@ class DataSettings:
     batches: int | None = None
 
     def __post_init__(self) -> None:
-        _require(self, "data", ("max_length", "batch_tokens", "batches"))
-        if not 0 <= self.malformed <= 1:
-            raise SlipstreamError(f"data.malformed is a share of the rows, from 0 to 1, not {self.malformed}")
+        _require(self, "data", {"above 0": ("max_length", "batch_tokens", "batches"), "from 0 to 1": ("malformed",)})
 
 
 @dataclass(frozen=True)
@@ -112,7 +127,8 @@ class HeadSettings:
     from_target: bool = True
 
     def __post_init__(self) -> None:
-        _require(self, "head", ("draft_vocab_size", "layers", "hidden_size", "intermediate_size", "lora_rank"))
+        names = ("draft_vocab_size", "layers", "hidden_size", "intermediate_size", "lora_rank")
+        _require(self, "head", {"above 0": names})
         if self.lora_rank is not None and self.init is None:
             raise SlipstreamError("head.lora_rank updates a head that exists: give its folder as head.init")
 
@@ -147,9 +163,15 @@ class DistillSettings:
     keep_features: bool = False
 
     def __post_init__(self) -> None:
-        _require(self, "distill", ("steps", "step_decay"))
-        if not 0 <= self.single <= 1:
-            raise SlipstreamError(f"distill.single is a share of the training, from 0 to 1, not {self.single}")
+        ranges = {
+            "above 0": ("steps", "step_decay"),
+            "0 or above": ("objectives", "noise", "feature_weight"),
+            "from 0 to 1": ("single",),
+            "a finite number": ("relaxed_threshold",),
+        }
+        _require(self, "distill", ranges)
+        if not any(self.objectives.values()):
+            raise SlipstreamError(f"distill.objectives needs an objective of a weight above 0, not {self.objectives}")
 
 
 @dataclass(frozen=True)
@@ -202,22 +224,17 @@ class TrainSettings:
     trackers: tuple[Literal["wandb", "tensorboard"], ...] = ()
 
     def __post_init__(self) -> None:
-        names = (
-            "learning_rate",
-            "clip",
-            "accumulation",
-            "log_every",
-            "epochs",
-            "max_steps",
-            "checkpoint_minutes",
-            "measure_every",
-            "measure_tokens",
-        )
-        _require(self, "train", names)
-        if not 0 <= self.warmup < 1:
-            raise SlipstreamError(f"train.warmup is a share of the steps, from 0 to below 1, not {self.warmup}")
-        if self.ema is not None and not 0 < self.ema < 1:
-            raise SlipstreamError(f"train.ema is a decay between 0 and 1, not {self.ema}")
+        above = ("learning_rate", "clip", "accumulation", "log_every", "epochs", "max_steps", "checkpoint_minutes")
+        ranges = {
+            "above 0": (*above, "measure_every", "measure_tokens"),
+            "0 or above": ("weight_decay",),
+            "from 0 to below 1": ("warmup", "betas"),
+            "above 0 and below 1": ("ema",),
+            "from 0 to below 2**32": ("seed",),
+        }
+        _require(self, "train", ranges)
+        if self.shard and self.optimizer == "muon":
+            raise SlipstreamError("muon needs whole matrices, which train.shard cuts up: set train.optimizer adamw")
         if self.ema is not None and self.shard:
             raise SlipstreamError("train.ema averages whole weights; it does not go with train.shard")
 
@@ -247,8 +264,14 @@ class Recipe:
         return dict(json.loads(json.dumps(asdict(self))))
 
     @classmethod
-    def written(cls, data: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-        """What `to_dict` gave, perhaps of an older version: settings that have come since have their defaults."""
+    def written(cls, data: Any, place: Path) -> dict[str, dict[str, Any]]:
+        """What `to_dict` gave, perhaps of an older version: settings that have come since have their defaults.
+
+        Raises:
+            SlipstreamError: If what stands in `place` is something else.
+        """
+        if not isinstance(data, dict) or not all(isinstance(section, dict) for section in data.values()):
+            raise SlipstreamError(f"{place} holds no recipe")
         return {**data, **{name: {**now, **data.get(name, {})} for name, now in cls().to_dict().items()}}
 
     def _check_shard(self) -> None:

@@ -46,6 +46,9 @@ def new_head(target: Target, vocabulary: Tensor, settings: HeadSettings, *, seed
             captured state, so that the untrained head already reads the target's late state through the target's own
             output matrix.
         seed: Of the random weights.
+
+    Raises:
+        SlipstreamError: If transformers has no config of this shape.
     """
     shape = {"hidden_size": settings.hidden_size, "intermediate_size": settings.intermediate_size}
     config = DraftConfig.for_target(
@@ -58,6 +61,11 @@ def new_head(target: Target, vocabulary: Tensor, settings: HeadSettings, *, seed
         fc_norm=settings.fc_norm,
         **{name: size for name, size in shape.items() if size is not None},
     )
+    if config.hidden_size % config.num_attention_heads:
+        raise SlipstreamError(
+            f"head.hidden_size must be a multiple of {config.num_attention_heads}, the target's attention heads, not "
+            f"{config.hidden_size}"
+        )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         head = DraftHead(config)
@@ -120,7 +128,7 @@ def read_provenance(folder: Path) -> dict[str, Any]:
 def _trained_on(folder: Path) -> tuple[str, torch.dtype | None] | None:
     """Fingerprint of the weights that a head was trained on, and the dtype these had; None where nobody says."""
     told = read_provenance(folder)
-    dtype = Recipe.written(told.get("recipe") or {})["target"]["dtype"]
+    dtype = Recipe.written(told.get("recipe") or {}, folder / "provenance.json")["target"]["dtype"]
     return (told["weights"], DTYPES.get(dtype)) if told.get("weights") else None
 
 

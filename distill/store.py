@@ -157,6 +157,8 @@ class Manifest:
             values = {field.name: content[field.name] for field in fields(cls)}
             values["origin"] = Origin(**values["origin"])
             values["shards"] = [Shard(**shard) for shard in values["shards"]]
+            if not values["shards"]:
+                raise KeyError("shards")
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise SlipstreamError(f"{file} is no manifest of a feature store ({error})") from error
         return cls(**values)

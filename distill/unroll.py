@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import smooth_l1_loss
 
+from slipstream.configs.errors import SlipstreamError
 from slipstream.distill.attention import UnrollAttention
 from slipstream.distill.loss import head_loss, teach
 from slipstream.distill.objectives import MARGIN_AWARE, weighted
@@ -165,6 +166,11 @@ class Distillation(nn.Module):
         self.head = head
         self.target = target
         self.settings = settings
+        if settings.feature_weight and head.config.hidden_size != target.config.hidden_size:
+            raise SlipstreamError(
+                f"distill.feature_weight compares states of a head of width {head.config.hidden_size} with those of a target "
+                f"of {target.config.hidden_size}, which must be equal: leave it out, or leave head.hidden_size out"
+            )
         self.objective = weighted(settings.objectives)
         self.relaxation = Relaxation.of(settings) if set(settings.objectives) & set(MARGIN_AWARE) else None
         self.autocast = autocast

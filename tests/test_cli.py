@@ -184,49 +184,6 @@ def test_an_unknown_option_suggests_the_commands_own(slipstream, arguments, near
     assert f"did you mean '{near}'?" in slipstream(*arguments).complaint
 
 
-@pytest.mark.parametrize(
-    ("arguments", "named"),
-    [
-        (("--config", "absent.yaml"), "absent.yaml"),
-        (("--train.learning_rate", "fast"), "train.learning_rate"),
-        (("--train.learning_rate", "-1"), "train.learning_rate must be above 0"),
-        (("--target.dtype", "float3"), "float3"),
-        (("--train.mixed_precision", "bf8"), "bf8"),
-        (("--distill.objectives", "reverse"), "reverse"),
-        (("--distill.steps", "0"), "distill.steps"),
-        (("--head.draft_vocab_size", "0"), "head.draft_vocab_size"),
-        (("--data.batch_tokens", "0"), "data.batch_tokens"),
-        (("--train.max_steps", "0"), "train.max_steps"),
-        (("--train.trackers", '["wandbb"]'), "wandbb"),
-        (("--target.adapter", "absent/or/not"), "absent/or/not"),
-        (("--data.conversations", "absent.jsonl"), "absent.jsonl"),
-        (("--data.conversations", '["absent.json", "absent.arrow"]'), "absent.json"),
-        (("--data.malformed", "1.5"), "data.malformed"),
-        (("--data.think", "true"), "enable_thinking"),
-    ],
-)
-def test_a_value_that_cannot_be_is_named(slipstream, tmp_path, tiny_target_folder, arguments, named):
-    talks = tmp_path / "talks.jsonl"
-    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo hello"}]
-    talks.write_text(json.dumps({"messages": messages}) + "\n")
-    recipe = ("--target.name", tiny_target_folder, "--data.conversations", talks, "--train.max_steps", 1)
-    run = slipstream("train", *recipe, *arguments, "--out", tmp_path / "run")
-    assert named in run.complaint
-
-
-@pytest.mark.parametrize("command", [("train",), ("train", "--plan"), ("capture",)])
-def test_a_conversation_longer_than_the_context_is_refused(slipstream, tmp_path, tiny_target_folder, command):
-    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo hello" * 150}]
-    (tmp_path / "talks.jsonl").write_text(json.dumps({"messages": messages}) + "\n")
-    recipe = ("--target.name", tiny_target_folder, "--data.conversations", tmp_path / "talks.jsonl")
-    recipe = (*recipe, "--train.max_steps", 1, "--out", tmp_path / "run")
-    told = (
-        f"a conversation has 312 tokens, the context of {tiny_target_folder} is 256: set data.max_length to 256 or less"
-    )
-    assert slipstream(*command, *recipe).complaint == told
-    assert slipstream(*command, *recipe, "--data.max_length", 256).status == 0
-
-
 def test_a_recipe_that_is_no_yaml_is_one_line(slipstream, tmp_path):
     (tmp_path / "recipe.yaml").write_text("train: {learning_rate: [\n")
     assert "line 2" in slipstream("train", "--config", tmp_path / "recipe.yaml", "--out", tmp_path / "run").complaint

@@ -394,6 +394,13 @@ def test_a_store_is_not_continued_with_other_settings(copied, target, tokens, ch
     assert contents(copied) == before
 
 
+def test_a_manifest_without_shards_is_none(copied):
+    manifest = json.loads((copied / "manifest.json").read_text())
+    (copied / "manifest.json").write_text(json.dumps({**manifest, "shards": []}))
+    with pytest.raises(SlipstreamError, match=r"manifest\.json is no manifest of a feature store \('shards'\)"):
+        Store(copied)
+
+
 @pytest.mark.parametrize(
     ("content", "told"),
     [

@@ -170,6 +170,27 @@ def test_a_kill_while_a_checkpoint_is_written_leaves_the_one_before(tmp_path, mo
     assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint.pt", "recipe.json"]
 
 
+@pytest.mark.parametrize("keep", [0, 7, 1000, -1])
+def test_a_damaged_checkpoint_is_named(tmp_path, keep):
+    trainer(tmp_path).save()
+    file = tmp_path / "checkpoint.pt"
+    file.write_bytes(file.read_bytes()[:keep])
+    with pytest.raises(
+        SlipstreamError, match=rf"^{file} is damaged or cut short; delete it to go on without it, [^\n]+$"
+    ):
+        trainer(tmp_path)
+    file.unlink()
+    assert trainer(tmp_path).step == 0
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", '{"train": 3}'])
+def test_a_damaged_recipe_is_named(tmp_path, text):
+    trainer(tmp_path)
+    (tmp_path / "recipe.json").write_text(text)
+    with pytest.raises(SlipstreamError, match=r"recipe\.json (cannot be read|holds no )"):
+        trainer(tmp_path)
+
+
 def test_another_recipe_in_the_same_folder_is_refused(tmp_path):
     trainer(tmp_path)
     other = replace(RECIPE, train=replace(RECIPE.train, learning_rate=1e-4))

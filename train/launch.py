@@ -9,6 +9,7 @@ import os
 import shutil
 from datetime import timedelta
 from importlib.util import find_spec
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -63,6 +64,20 @@ def start(settings: TrainSettings, folder: Path) -> Accelerator:
     return accelerator
 
 
+def read_checkpoint(file: Path) -> dict[str, Any]:
+    """What was written into a run's folder by `torch.save`, on the CPU.
+
+    Raises:
+        SlipstreamError: If it is damaged.
+    """
+    try:
+        return dict(torch.load(file, map_location="cpu", weights_only=True))
+    except (OSError, RuntimeError, EOFError, ValueError, TypeError, UnpicklingError) as error:
+        raise SlipstreamError(
+            f"{file} is damaged or cut short; delete it to go on without it, or give another --out"
+        ) from error
+
+
 class Launch:
     """A module and its optimizers on all processes.
 
@@ -76,8 +91,8 @@ class Launch:
         self.accelerator = accelerator
         self.settings = settings
         self.deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
-        if (self.deepspeed or settings.shard) and settings.optimizer == "muon":
-            raise SlipstreamError("muon needs whole matrices, and this launch shards them: set train.optimizer adamw")
+        if self.deepspeed and settings.optimizer == "muon":
+            raise SlipstreamError("muon needs whole matrices, and DeepSpeed shards them: set train.optimizer adamw")
         if self.deepspeed and settings.ema is not None and accelerator.state.deepspeed_plugin.zero_stage == 3:
             raise SlipstreamError(
                 "train.ema averages whole weights; it does not go with ZeRO stage 3: launch with stage 2"
@@ -189,7 +204,7 @@ class Launch:
         """Go on from the checkpoint; returns what `save` was told, None where there is no checkpoint.
 
         Raises:
-            SlipstreamError: If it was written by another kind of launch.
+            SlipstreamError: If it was written by another kind of launch, or is damaged.
         """
         file = place.with_suffix(".pt")
         if self.deepspeed:
@@ -211,7 +226,7 @@ class Launch:
             raise SlipstreamError(f"{place} was written under DeepSpeed; go on with it, or give another --out")
         if not self.everywhere(file):
             return None
-        state = torch.load(file, map_location="cpu", weights_only=True)
+        state = read_checkpoint(file)
         set_state_dict(
             self.module,
             self.optimizers,

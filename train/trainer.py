@@ -20,8 +20,9 @@ from slipstream.data.batches import Batch
 from slipstream.distill.adapters import rebuild, save_adapter
 from slipstream.distill.features import Features, OnlineFeatures, StoredFeatures
 from slipstream.distill.shards import shard
+from slipstream.distill.tensors import read_json
 from slipstream.distill.unroll import Distillation, labelled_rows
-from slipstream.train.launch import Launch, start
+from slipstream.train.launch import Launch, read_checkpoint, start
 from slipstream.train.measure import Measure
 from slipstream.train.metrics import Metrics
 from slipstream.train.optimizer import learning_rate
@@ -109,7 +110,7 @@ class Trainer:
         mine = recipe.to_dict()
         mine["train"]["accumulation"] = self.micro  # more processes may take fewer micro-batches each
         place = self.folder / "recipe.json"
-        if place.exists() and (theirs := Recipe.written(json.loads(place.read_text()))) != mine:
+        if place.exists() and (theirs := Recipe.written(read_json(place), place)) != mine:
             section, key = next(
                 (s, k)
                 for s in {**theirs, **mine}
@@ -271,7 +272,7 @@ class Trainer:
         if not self.launch.main:
             return None
         if best.exists():
-            weights = torch.load(best, map_location="cpu", weights_only=True)
+            weights = read_checkpoint(best)
         if self.lora:
             save_adapter(self.head.config, weights, self.folder.parent / "adapter")
         head = rebuild(self.head.config, weights)

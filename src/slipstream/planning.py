@@ -17,6 +17,7 @@ from slipstream.configs.errors import SlipstreamError
 from slipstream.data.conversations import load
 from slipstream.distill.store import Store
 from slipstream.distill.target import load_tokenizer
+from slipstream.distill.unroll import Distillation
 from slipstream.train.footprint import size_of
 from slipstream.train.plan import Machine, Text, outline, shortages, stages
 
@@ -36,10 +37,11 @@ def show(recipe: Recipe, out: Path, card: Sequence[float]) -> None:
     """Print what a recipe takes, stage by stage; nothing is written and no weights are read.
 
     Raises:
-        SlipstreamError: If the target's config cannot be read, a conversation is longer than its context, or `card` does
-            not describe one.
+        SlipstreamError: If the target's config cannot be read, the head cannot be taught so, a conversation is longer than
+            the target's context, or `card` does not describe one.
     """
     target, head = outline(recipe)
+    Distillation(head, target, recipe.distill, autocast=False)  # refuses what training would
     try:
         rows = _token_rows(recipe)
     except SlipstreamError as error:

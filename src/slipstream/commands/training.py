@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from pathlib import Path
@@ -136,15 +135,19 @@ def train(
     from slipstream.decode.card import write_card
     from slipstream.distill.adapters import add_lora
     from slipstream.distill.gguf import EMBEDDED, EMBEDDED_LICENSE
-    from slipstream.distill.heads import describe_target, new_head, save_head
+    from slipstream.distill.heads import describe_target, new_head, read_provenance, save_head
+    from slipstream.distill.objectives import weighted
     from slipstream.distill.store import Store
     from slipstream.distill.target import load_target
     from slipstream.train.launch import start
     from slipstream.train.trainer import Trainer
 
+    weighted(recipe.distill.objectives)  # fails before anything runs
     if (out / "draft" / "model.safetensors").is_file():
-        trained = json.loads((out / "draft" / "provenance.json").read_text())["recipe"]
-        if Recipe.written(trained) != recipe.to_dict():
+        trained = read_provenance(out / "draft").get("recipe")
+        if trained is None:
+            raise SlipstreamError(f"{out / 'draft'} holds a head whose recipe nobody wrote down; give another --out")
+        if Recipe.written(trained, out / "draft" / "provenance.json") != recipe.to_dict():
             raise SlipstreamError(f"{out} holds a head of another recipe; give another --out")
         print(f"this run is finished; nothing was changed. Draft head: {out / 'draft'}", file=sys.stderr)
         return
