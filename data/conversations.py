@@ -111,21 +111,15 @@ def _token_row(
 ) -> dict[str, Any]:
     """One row of `_FEATURES`; an answer that was cut short (`finished` false) has no end-of-turn token to teach."""
     try:
-        rendered = render(tokenizer, normalize(row), **options)
+        messages = normalize(row)
+        finished = row.get("finished") is not False
+        rendered = render(tokenizer, messages, finished=finished, max_length=max_length, **options)
     except SlipstreamError as error:
         return {"input_ids": [], "mask": [], "left_out": f"{place}: {error}", "malformed": True}
-    mask = list(rendered.assistant_mask)
-    last = max((i for i, m in enumerate(mask) if m), default=None)
-    if row.get("finished") is False and last is not None and rendered.input_ids[last] in tokenizer.all_special_ids:
-        mask[last] = 0
-    if sum(mask[:max_length]) < 2:
+    ids, mask = rendered.input_ids[:max_length], rendered.assistant_mask[:max_length]
+    if sum(mask) < 2:
         return {"input_ids": [], "mask": [], "left_out": place, "malformed": False}
-    return {
-        "input_ids": rendered.input_ids[:max_length],
-        "mask": mask[:max_length],
-        "left_out": "",
-        "malformed": False,
-    }
+    return {"input_ids": ids, "mask": mask, "left_out": "", "malformed": False}
 
 
 def _require_think(row: Any, think: bool | None, place: str) -> None:

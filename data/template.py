@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 Message = dict[str, str]
 
 _PROBE = "SLIPSTREAMPROBE"  # no template writes this word by itself
+_BEFORE = 64  # characters; tokens do not depend on text farther away
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,14 @@ def user_turn(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]
     return encode(tokenizer, before), encode(tokenizer, after)[:1]
 
 
-def render(tokenizer: PreTrainedTokenizerBase, messages: list[Message], **options: Any) -> Rendered:
+def render(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: list[Message],
+    *,
+    finished: bool = True,
+    max_length: int | None = None,
+    **options: Any,
+) -> Rendered:
     """Tokenize a conversation and mark the assistant's tokens, from the template alone.
 
     Each assistant message is replaced by a probe in turn; what surrounds the probe is the template's, what stands in
@@ -118,39 +126,83 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: list[Message], **option
     and the message (the opening of a thought). The end-of-turn token counts as the assistant's where it is a special
     token; text that a template puts behind it does not.
 
+    The ids are those of the whole text, except that no token reaches over the beginning or the end of an answer, as
+    none does where the target answers a prompt.
+
     Worked example (ChatML): messages `[user "Hi", assistant "Yo"]` render to
     `<|im_start|>user\\nHi<|im_end|>\\n<|im_start|>assistant\\n` + `Yo<|im_end|>` + `\\n`; the mask is 1 on
     `Yo<|im_end|>` only.
+
+    Args:
+        tokenizer: With the chat template.
+        messages: The conversation.
+        finished: Whether the last answer came to its end; the end of one that was cut short is not the assistant's.
+        max_length: Leave out what stands behind the turn that reaches so many tokens.
+        options: Of the template.
 
     Raises:
         SlipstreamError: If the template drops an assistant message.
     """
     whole = render_text(tokenizer, messages, prompt=False, **options)
+    ids: list[int] = []
+    mask: list[int] = []
+
+    def add(start: int, end: int, learned: int) -> None:
+        piece = _encode_at(tokenizer, whole, start, end)
+        ids.extend(piece)
+        mask.extend([learned] * len(piece))
+
+    done = 0
+    answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    for i in answers:
+        if max_length is not None and len(ids) >= max_length:
+            return Rendered(ids, mask)
+        start, end = _span(tokenizer, messages, i, whole, **options)
+        start = max(done, start)
+        end = max(start, end)
+        if finished or i < answers[-1]:
+            end = _closed(tokenizer, whole, end)
+        add(done, start, 0)
+        add(start, end, 1)
+        done = end
+    add(done, len(whole), 0)
+    return Rendered(ids, mask)
+
+
+def _encode_at(tokenizer: PreTrainedTokenizerBase, text: str, start: int, end: int) -> list[int]:
+    """Token ids of `text[start:end]` where it stands: SentencePiece marks the beginning of a text, and this is none.
+
+    So the piece is tokenized behind what stands before it, or behind a newline where a token would reach over `start`.
+    """
+    piece = text[start:end]
+    for before in (text[max(0, start - _BEFORE) : start], "\n"):
+        lead, ids = encode(tokenizer, before), encode(tokenizer, before + piece)
+        if ids[: len(lead)] == lead:
+            return ids[len(lead) :]
+    return encode(tokenizer, piece)
+
+
+def _span(
+    tokenizer: PreTrainedTokenizerBase, messages: list[Message], i: int, whole: str, **options: Any
+) -> tuple[int, int]:
+    """Where the assistant's message i begins and ends in the rendered conversation."""
     probe = _PROBE
     while probe in whole:  # a conversation may speak of the probe
         probe += "X"
-    ids: list[int] = []
-    mask: list[int] = []
-    done = 0
-    for i, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        probed = [*messages[:i], {**message, "content": probe}, *messages[i + 1 :]]
-        before, found, after = render_text(tokenizer, probed, prompt=False, **options).partition(probe)
-        if not found:
-            raise SlipstreamError(f"the chat template drops the assistant's message {i}; its tokens cannot be found")
-        start = max(done, len(commonprefix([before, whole])))  # noqa: RUF071 (characters are meant)
-        if i and messages[i - 1]["role"] == "user":
-            opened = render_text(tokenizer, messages[:i], prompt=True, **options)
-            start = len(opened) if whole.startswith(opened) else start
-        end = len(whole) - len(commonprefix([after[::-1], whole[::-1]]))  # noqa: RUF071
-        outside, inside = encode(tokenizer, whole[done:start]), encode(tokenizer, whole[start:end])
-        closing = encode(tokenizer, whole[end:])[:1]
-        if closing and closing[0] in tokenizer.all_special_ids:
-            inside += closing
-            end += len(tokenizer.decode(closing))
-        ids += outside + inside
-        mask += [0] * len(outside) + [1] * len(inside)
-        done = end
-    rest = encode(tokenizer, whole[done:])
-    return Rendered(ids + rest, mask + [0] * len(rest))
+    probed = [*messages[:i], {**messages[i], "content": probe}, *messages[i + 1 :]]
+    before, found, after = render_text(tokenizer, probed, prompt=False, **options).partition(probe)
+    if not found:
+        raise SlipstreamError(f"the chat template drops the assistant's message {i}; its tokens cannot be found")
+    start = len(commonprefix([before, whole]))  # noqa: RUF071 (characters are meant)
+    if i and messages[i - 1]["role"] == "user":
+        opened = render_text(tokenizer, messages[:i], prompt=True, **options)
+        start = len(opened) if whole.startswith(opened) else start
+    return start, len(whole) - len(commonprefix([after[::-1], whole[::-1]]))  # noqa: RUF071
+
+
+def _closed(tokenizer: PreTrainedTokenizerBase, whole: str, end: int) -> int:
+    """Where the turn ends whose text ends at `end`: behind the special token there, if there is one."""
+    closing = encode(tokenizer, whole[end : end + _BEFORE])[:1]
+    if closing and closing[0] in tokenizer.all_special_ids:
+        return end + len(tokenizer.decode(closing))
+    return end

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 import torch
@@ -12,15 +12,16 @@ from conftest import CHATML
 from datasets import Dataset
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
 from slipstream.configs.errors import SlipstreamError
+from slipstream.data import template
 from slipstream.data.batches import Batches
+from slipstream.data.sources import read
 from slipstream.data.synthesize import topic_prompts
-from slipstream.data.template import encode_prompt, render, require_generation_prompt, thinking, user_turn
+from slipstream.data.template import encode, encode_prompt, render, require_generation_prompt, thinking, user_turn
 from slipstream.data.vocabulary import coverage, draft_vocabulary
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
 
 THINK_STRIPPED = """\
 {%- for m in messages %}<|im_start|>{{ m.role }}
@@ -32,6 +33,18 @@ THINK_STRIPPED = """\
 TEXT_BEHIND_THE_END = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|> hello {{ m.role }}\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+ZEPHYR = (
+    "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}</s>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+MISTRAL = (
+    "{% for m in messages %}{% if m.role == 'user' %}<s>[INST] {{ m.content }} [/INST]{% else %} {{ m.content }}</s>"
+    "{% endif %}{% endfor %}"
+)
+SPACE_BEFORE_THE_ANSWER = (
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}</s>\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
 )
 NO_GENERATION_PROMPT = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
 NO_SPECIAL_END = NO_GENERATION_PROMPT + "{% if add_generation_prompt %}assistant: {% endif %}"
@@ -85,6 +98,26 @@ def taught(tokenizer: PreTrainedTokenizerFast, ids: Any, mask: Any) -> list[str]
 def taught_by(tokenizer: PreTrainedTokenizerFast, messages: list[dict[str, str]]) -> list[str]:
     rendered = render(tokenizer, messages)
     return taught(tokenizer, rendered.input_ids, rendered.assistant_mask)
+
+
+def sentencepiece(marks: str, template: str) -> PreTrainedTokenizerFast:
+    """A tokenizer that marks words with `▁`, and the beginning of a text as Llama-2 (`prepend`) and later ones do."""
+    bpe = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    if marks == "prepend":
+        bpe.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    else:
+        bpe.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme=marks, split=False)
+    fused = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    bpe.decoder = decoders.Sequence(fused)
+    trainer = trainers.BpeTrainer(
+        vocab_size=500,
+        special_tokens=["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256))],
+        initial_alphabet=[*map(chr, range(33, 127)), "▁"],
+        show_progress=False,
+    )
+    bpe.train_from_iterator(["Hi there user assistant", "Yo hello [INST] [/INST]"] * 20, trainer)
+    names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, chat_template=template, **names)
 
 
 def rows_of(*lengths: int, masked: int = 1) -> Dataset:
@@ -212,6 +245,74 @@ def test_user_turn_is_what_the_template_puts_around_a_question(tiny_tokenizer):
     opening, closing = user_turn(tiny_tokenizer)
     assert tiny_tokenizer.decode(opening) == "<|im_start|>user\n"
     assert tiny_tokenizer.decode(closing) == "<|im_end|>"
+
+
+def in_pieces(tokenizer: PreTrainedTokenizerFast, messages: list[dict[str, str]]) -> tuple[list[int], list[int]]:
+    """ChatML, every piece tokenized alone, as is right where a tokenizer does not mark the beginning of a text."""
+    ids: list[int] = []
+    mask: list[int] = []
+    outside = ""
+    for message in messages:
+        opening, content = f"{outside}<|im_start|>{message['role']}\n", f"{message['content']}<|im_end|>"
+        taught = message["role"] == "assistant"
+        for text, learned in ((opening, 0), (content, 1)) if taught else ((opening + content, 0),):
+            piece = tokenizer(text, add_special_tokens=False)["input_ids"]
+            ids, mask = ids + piece, mask + [learned] * len(piece)
+        outside = "\n"
+    rest = tokenizer(outside, add_special_tokens=False)["input_ids"]
+    return ids + rest, mask + [0] * len(rest)
+
+
+def test_byte_level_tokens_of_the_shipped_conversations_are_those_of_their_pieces(tiny_tokenizer):
+    for (_, row), _ in zip(read()[0].rows(), range(50), strict=False):
+        rendered = render(tiny_tokenizer, row["messages"])
+        assert (rendered.input_ids, rendered.assistant_mask) == in_pieces(tiny_tokenizer, row["messages"])
+
+
+@pytest.mark.parametrize("template", [ZEPHYR, MISTRAL])
+@pytest.mark.parametrize("marks", ["prepend", "always", "first"])
+def test_only_the_beginning_of_a_text_is_marked_as_one(marks, template):
+    tokenizer = sentencepiece(marks, template)
+    messages = [user("Hi there"), assistant("Yo hello"), user("Hi"), assistant("Yo")]
+    rendered = render(tokenizer, messages)
+    assert rendered.input_ids == encode(tokenizer, tokenizer.apply_chat_template(messages, tokenize=False))
+    for turns in (1, 3):
+        prompt = encode_prompt(tokenizer, messages[:turns])
+        assert rendered.input_ids[: len(prompt)] == prompt
+        assert rendered.assistant_mask[len(prompt) - 1 : len(prompt) + 1] == [0, 1]
+
+
+@pytest.mark.parametrize("marks", ["prepend", "always", "first"])
+def test_no_token_reaches_from_the_prompt_into_the_answer(marks):
+    tokenizer = sentencepiece(marks, SPACE_BEFORE_THE_ANSWER)
+    rendered = render(tokenizer, [user("Hi"), assistant("Yo")])
+    prompt = encode_prompt(tokenizer, [user("Hi")])
+    assert rendered.input_ids[: len(prompt)] == prompt
+    tokens = tokenizer.convert_ids_to_tokens(rendered.input_ids[len(prompt) - 1 :])
+    assert tokens[0] == "▁"
+    assert "".join(tokens).startswith("▁Yo</s>")
+
+
+@pytest.mark.parametrize("max_length", [1, 12, 13, 14, 30])
+def test_tokens_up_to_a_length_are_the_first_of_all(tiny_tokenizer, max_length):
+    messages = [user("Hi"), assistant("Yo"), user("Hi"), assistant("Yo hello")] * 3
+    short, whole = render(tiny_tokenizer, messages, max_length=max_length), render(tiny_tokenizer, messages)
+    assert max_length <= len(short.input_ids) < len(whole.input_ids)
+    assert short.input_ids == whole.input_ids[: len(short.input_ids)]
+    assert short.assistant_mask == whole.assistant_mask[: len(short.input_ids)]
+
+
+def test_the_text_that_is_tokenized_grows_with_the_turns_and_not_with_their_square(tiny_tokenizer, monkeypatch):
+    seen: list[int] = []
+    monkeypatch.setattr(template, "encode", lambda tokenizer, text: seen.append(len(text)) or encode(tokenizer, text))
+
+    def tokenized(turns: int, **options: Any) -> int:
+        seen.clear()
+        render(tiny_tokenizer, [user("Hi " * 300), assistant("Yo " * 300)] * turns, **options)
+        return sum(seen)
+
+    assert tokenized(9) - tokenized(6) == tokenized(6) - tokenized(3)
+    assert tokenized(10, max_length=100) == tokenized(9, max_length=100) < tokenized(2)
 
 
 # --- draft vocabulary ---
