@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from dataclasses import dataclass
 from os.path import commonprefix
 from typing import TYPE_CHECKING, Any
@@ -123,8 +124,8 @@ def render(
 
     Each assistant message is replaced by a probe in turn; what surrounds the probe is the template's, what stands in
     its place in the real rendering is the assistant's. So is what the template writes between the generation prompt
-    and the message (the opening of a thought). The end-of-turn token counts as the assistant's where it is a special
-    token; text that a template puts behind it does not.
+    and the message (the opening of a thought). The end-of-turn token counts as the assistant's, with whitespace before
+    it, whether it is a special token or another added one; text that a template puts behind it does not.
 
     The ids are those of the whole text, except that no token reaches over the beginning or the end of an answer, as
     none does where the target answers a prompt.
@@ -144,6 +145,7 @@ def render(
         SlipstreamError: If the template drops an assistant message.
     """
     whole = render_text(tokenizer, messages, prompt=False, **options)
+    ending = _ending(tokenizer, **options)
     ids: list[int] = []
     mask: list[int] = []
 
@@ -161,7 +163,8 @@ def render(
         start = max(done, start)
         end = max(start, end)
         if finished or i < answers[-1]:
-            end = _closed(tokenizer, whole, end)
+            closing = ending.match(whole, end)
+            end = closing.end() if closing else end
         add(done, start, 0)
         add(start, end, 1)
         done = end
@@ -200,9 +203,16 @@ def _span(
     return start, len(whole) - len(commonprefix([after[::-1], whole[::-1]]))  # noqa: RUF071
 
 
-def _closed(tokenizer: PreTrainedTokenizerBase, whole: str, end: int) -> int:
-    """Where the turn ends whose text ends at `end`: behind the special token there, if there is one."""
-    closing = encode(tokenizer, whole[end : end + _BEFORE])[:1]
-    if closing and closing[0] in tokenizer.all_special_ids:
-        return end + len(tokenizer.decode(closing))
-    return end
+def _ending(tokenizer: PreTrainedTokenizerBase, **options: Any) -> re.Pattern[str]:
+    """What ends a turn behind its text.
+
+    That is the token which the template writes behind a last answer, perhaps after whitespace, or a special one (the
+    opening of the next turn, for targets that end theirs by it).
+    """
+    talk = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": _PROBE}]
+    last = render_text(tokenizer, talk, prompt=False, **options).partition(_PROBE)[2].lstrip()
+    added = sorted(tokenizer.added_tokens_decoder.values(), key=lambda token: -len(token.content))
+    ends = [token.content for token in added if last.startswith(token.content)][:1]
+    special = [token.content for token in added if token.special]
+    patterns = [rf"\s*{re.escape(end)}" for end in ends] + [re.escape(token) for token in special]
+    return re.compile("|".join(patterns) or r"(?!)")

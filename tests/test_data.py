@@ -13,7 +13,7 @@ from datasets import Dataset
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import AddedToken, PreTrainedTokenizerFast
 
 from slipstream.configs.errors import SlipstreamError
 from slipstream.data import template
@@ -41,6 +41,11 @@ ZEPHYR = (
 MISTRAL = (
     "{% for m in messages %}{% if m.role == 'user' %}<s>[INST] {{ m.content }} [/INST]{% else %} {{ m.content }}</s>"
     "{% endif %}{% endfor %}"
+)
+LLAMA_2 = MISTRAL.replace("}}</s>", "}} </s>")
+ENDED_BY_THE_NEXT = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 SPACE_BEFORE_THE_ANSWER = (
     "{% for m in messages %}{{ m.role }}: {{ m.content }}</s>\n{% endfor %}"
@@ -202,6 +207,23 @@ def test_text_behind_the_end_of_turn_is_not_taught(tiny_tokenizer):
     ]
 
 
+@pytest.mark.parametrize("special", [True, False])
+@pytest.mark.parametrize("space", ["", " ", "\n"])
+def test_an_added_token_behind_the_answer_and_whitespace_is_its_end(tiny_tokenizer, special, space):
+    tokenizer = with_template(tiny_tokenizer, CHATML.replace("<|im_end|>", f"{space}<|end|>"))
+    tokenizer.add_tokens([AddedToken("<|end|>", special=special)], special_tokens=special)
+    messages = [user("Hi"), assistant("Yo"), user("Hi"), assistant("Hi")]
+    assert taught_by(tokenizer, messages) == [f"Yo{space}<|end|>", f"Hi{space}<|end|>"]
+    cut = render(tokenizer, messages, finished=False)
+    assert taught(tokenizer, cut.input_ids, cut.assistant_mask) == [f"Yo{space}<|end|>", "Hi"]
+    assert cut.input_ids == render(tokenizer, messages).input_ids
+
+
+def test_the_next_turns_opening_ends_an_answer_where_nothing_else_does(tiny_tokenizer):
+    tokenizer = with_template(tiny_tokenizer, ENDED_BY_THE_NEXT)
+    assert taught_by(tokenizer, [user("Hi"), assistant("Yo"), user("Hi"), assistant("Hi")]) == ["Yo<|im_start|>", "Hi"]
+
+
 def test_a_template_that_drops_answers_is_an_error(tiny_tokenizer):
     tokenizer = with_template(tiny_tokenizer, USERS_ONLY)
     with pytest.raises(SlipstreamError, match="drops the assistant's message 1"):
@@ -269,7 +291,7 @@ def test_byte_level_tokens_of_the_shipped_conversations_are_those_of_their_piece
         assert (rendered.input_ids, rendered.assistant_mask) == in_pieces(tiny_tokenizer, row["messages"])
 
 
-@pytest.mark.parametrize("template", [ZEPHYR, MISTRAL])
+@pytest.mark.parametrize("template", [ZEPHYR, MISTRAL, LLAMA_2])
 @pytest.mark.parametrize("marks", ["prepend", "always", "first"])
 def test_only_the_beginning_of_a_text_is_marked_as_one(marks, template):
     tokenizer = sentencepiece(marks, template)
