@@ -51,6 +51,8 @@ def _listed(name: str, entries: Any) -> list[Message]:
 def _message(name: str, entry: Any) -> Message:
     speaks = isinstance(entry, dict) and "from" in entry
     keys = ("from", "value") if speaks else ("role", "content")
+    if isinstance(entry, dict) and entry.get("tool_calls") and entry.get("content") is None:
+        entry = {**entry, "content": ""}  # as OpenAI writes a message that only calls tools
     if not isinstance(entry, dict) or not all(isinstance(entry.get(key), str) for key in keys):
         raise SlipstreamError(f"{name!r} must be a list of {{{', '.join(keys)}}} texts")
     role, content = (entry[key] for key in keys)

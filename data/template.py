@@ -124,8 +124,9 @@ def render(
 
     Each assistant message is replaced by a probe in turn; what surrounds the probe is the template's, what stands in
     its place in the real rendering is the assistant's. So is what the template writes between the generation prompt
-    and the message (the opening of a thought). The end-of-turn token counts as the assistant's, with whitespace before
-    it, whether it is a special token or another added one; text that a template puts behind it does not.
+    and the message (the opening of a thought), and the calls of tools behind it. The end-of-turn token counts as the
+    assistant's, with whitespace before it, whether it is a special token or another added one; text that a template
+    puts behind it does not.
 
     The ids are those of the whole text, except that no token reaches over the beginning or the end of an answer, as
     none does where the target answers a prompt.
@@ -159,9 +160,13 @@ def render(
     for i in answers:
         if max_length is not None and len(ids) >= max_length:
             return Rendered(ids, mask)
-        start, end = _span(tokenizer, messages, i, whole, **options)
-        start = max(done, start)
-        end = max(start, end)
+        span = _span(tokenizer, messages, i, whole, **options)
+        if span is None:
+            continue
+        start = max(done, span[0])
+        end = max(start, span[1])
+        if messages[i].get("tool_calls"):
+            end = _called(tokenizer, messages, i, whole, ending, **options) or end
         if finished or i < answers[-1]:
             closing = ending.match(whole, end)
             end = closing.end() if closing else end
@@ -187,20 +192,39 @@ def _encode_at(tokenizer: PreTrainedTokenizerBase, text: str, start: int, end: i
 
 def _span(
     tokenizer: PreTrainedTokenizerBase, messages: list[Message], i: int, whole: str, **options: Any
-) -> tuple[int, int]:
-    """Where the assistant's message i begins and ends in the rendered conversation."""
+) -> tuple[int, int] | None:
+    """Where the text of the assistant's message i begins and ends in the rendered conversation.
+
+    Templates may write no text beside calls of tools; None where it cannot be told then where the message begins.
+    """
     probe = _PROBE
     while probe in whole:  # a conversation may speak of the probe
         probe += "X"
     probed = [*messages[:i], {**messages[i], "content": probe}, *messages[i + 1 :]]
     before, found, after = render_text(tokenizer, probed, prompt=False, **options).partition(probe)
-    if not found:
+    if not found and not messages[i].get("tool_calls"):
         raise SlipstreamError(f"the chat template drops the assistant's message {i}; its tokens cannot be found")
-    start = len(commonprefix([before, whole]))  # noqa: RUF071 (characters are meant)
-    if i and messages[i - 1]["role"] == "user":
+    start = len(commonprefix([before, whole])) if found else None  # noqa: RUF071 (characters are meant)
+    if i and messages[i - 1]["role"] in ("user", "tool"):
         opened = render_text(tokenizer, messages[:i], prompt=True, **options)
         start = len(opened) if whole.startswith(opened) else start
-    return start, len(whole) - len(commonprefix([after[::-1], whole[::-1]]))  # noqa: RUF071
+    if start is None:
+        return None
+    return start, len(whole) - len(commonprefix([after[::-1], whole[::-1]])) if found else start  # noqa: RUF071
+
+
+def _called(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: list[Message],
+    i: int,
+    whole: str,
+    ending: re.Pattern[str],
+    **options: Any,
+) -> int | None:
+    """Where the text of message i ends with its calls; None where the template does not end the turn behind them."""
+    told = render_text(tokenizer, messages[: i + 1], prompt=False, **options).rstrip()
+    closings = [found.start() for found in ending.finditer(told) if found.end() == len(told)]
+    return closings[0] if closings and whole.startswith(told) else None
 
 
 def _ending(tokenizer: PreTrainedTokenizerBase, **options: Any) -> re.Pattern[str]:

@@ -71,6 +71,9 @@ def test_all_turns_roles_and_what_else_a_message_says_are_kept():
     assert normalize({"turns": ["a", "c"], "answers": ["b", "d"]}) == messages[1:]
     thought = {**assistant("Yo"), "reasoning_content": "hm"}
     assert normalize({"messages": [user("Hi"), thought]}) == [user("Hi"), thought]
+    calls = [{"type": "function", "function": {"name": "f", "arguments": {}}}]
+    for called in ({"role": "assistant", "tool_calls": calls}, {**assistant(""), "content": None, "tool_calls": calls}):
+        assert normalize({"messages": [user("Hi"), called]}) == [user("Hi"), {**assistant(""), "tool_calls": calls}]
     assert normalize({"instruction": "Add", "input": "1 2", "output": "3"}) == [user("Add\n\n1 2"), assistant("3")]
 
 

@@ -72,6 +72,16 @@ if m.reasoning_content or '</think>' in m.content else '' -%}
 </think>
 
 {% endif %}{% endif %}"""
+CALLS_BEHIND_TEXT = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}{% if m.content %}{{ '\n' + m.content }}{% endif %}"
+    "{% for c in m.tool_calls %}{{ '\n<call>' + c.name }}</call>{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+CALLS_IN_PLACE_OF_TEXT = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if m.tool_calls %}<call>{{ m.tool_calls[0].name }}</call>{% else %}{{ m.content }}{% endif %}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 USERS_ONLY = "{% for m in messages if m.role == 'user' %}<|im_start|>user\n{{ m.content }}<|im_end|>\n{% endfor %}"
 
 
@@ -222,6 +232,32 @@ def test_an_added_token_behind_the_answer_and_whitespace_is_its_end(tiny_tokeniz
 def test_the_next_turns_opening_ends_an_answer_where_nothing_else_does(tiny_tokenizer):
     tokenizer = with_template(tiny_tokenizer, ENDED_BY_THE_NEXT)
     assert taught_by(tokenizer, [user("Hi"), assistant("Yo"), user("Hi"), assistant("Hi")]) == ["Yo<|im_start|>", "Hi"]
+
+
+CALLED = {**assistant(""), "tool_calls": [{"name": "f"}]}
+TALK_WITH_TOOLS = [user("Hi"), CALLED, {"role": "tool", "content": "5"}, CALLED, user("Yo"), assistant("Yo")]
+
+
+@pytest.mark.parametrize("template", [CALLS_BEHIND_TEXT, CALLS_IN_PLACE_OF_TEXT])
+def test_calls_of_tools_are_taught_up_to_the_end_of_their_turn(tiny_tokenizer, template):
+    tokenizer = with_template(tiny_tokenizer, template)
+    call = "<call>f</call><|im_end|>"
+    assert taught_by(tokenizer, TALK_WITH_TOOLS) == [call, call, "Yo<|im_end|>"]
+    cut = render(tokenizer, TALK_WITH_TOOLS[:4], finished=False)
+    assert taught(tokenizer, cut.input_ids, cut.assistant_mask) == [call, "<call>f</call>"]
+    assert tokenizer.decode(cut.input_ids) == tokenizer.apply_chat_template(TALK_WITH_TOOLS[:4], tokenize=False)
+
+
+def test_text_beside_a_call_is_taught_with_it(tiny_tokenizer):
+    tokenizer = with_template(tiny_tokenizer, CALLS_BEHIND_TEXT)
+    assert taught_by(tokenizer, [user("Hi"), {**CALLED, "content": "Yo"}]) == ["Yo\n<call>f</call><|im_end|>"]
+
+
+def test_calls_whose_end_the_template_does_not_tell_are_not_taught_but_what_stands_beside_them(tiny_tokenizer):
+    tokenizer = with_template(tiny_tokenizer, CALLS_BEHIND_TEXT.replace("<|im_end|>", "<|im_end|> bye"))
+    assert taught_by(tokenizer, TALK_WITH_TOOLS) == ["Yo<|im_end|>"]
+    tokenizer = with_template(tiny_tokenizer, CALLS_IN_PLACE_OF_TEXT.replace("assistant\n{% endif", "Yo{% endif"))
+    assert taught_by(tokenizer, TALK_WITH_TOOLS) == ["Yo<|im_end|>"]
 
 
 def test_a_template_that_drops_answers_is_an_error(tiny_tokenizer):
