@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from slipstream.configs.errors import SlipstreamError
@@ -18,6 +19,22 @@ _SPEAKERS = {
 }
 
 
+def require_text(value: Any) -> None:
+    """Make sure that all of a JSON value's text can be written as UTF-8.
+
+    Raises:
+        SlipstreamError: If it holds half of a surrogate pair, which JSON can spell and no tokenizer reads, or is nested
+            too deeply.
+    """
+    try:
+        json.dumps(value, ensure_ascii=False, default=str).encode()
+    except UnicodeEncodeError as error:
+        half = ascii(error.object[error.start])
+        raise SlipstreamError(f"holds {half}, half of a surrogate pair, which is no character") from error
+    except RecursionError as error:
+        raise SlipstreamError("nested too deeply") from error
+
+
 def normalize(row: Any) -> list[Message]:
     """The messages of a row, `{"role", "content"}` each and whatever else a template may read from them.
 
@@ -29,6 +46,7 @@ def normalize(row: Any) -> list[Message]:
     """
     if not isinstance(row, dict):
         raise SlipstreamError("not a JSON object")
+    require_text(row)
     filled = {name: value for name, value in row.items() if value is not None}  # Arrow has every column in every row
     for name in ("messages", "conversations"):
         if name in filled:

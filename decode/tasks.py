@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slipstream.configs.errors import SlipstreamError
+from slipstream.data.messages import require_text
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -103,8 +104,13 @@ def _rows(file: Path) -> Iterator[tuple[int, Row]]:
             continue
         try:
             row = json.loads(line)
+            require_text(row)
         except json.JSONDecodeError as error:
             raise SlipstreamError(f"{file}:{number}: not JSON: {error.msg}") from error
+        except RecursionError as error:
+            raise SlipstreamError(f"{file}:{number}: nested too deeply") from error
+        except SlipstreamError as error:
+            raise SlipstreamError(f"{file}:{number}: {error}") from error
         yield number, _checked(_as_turns(row if isinstance(row, dict) else {}), f"{file}:{number}", number)
 
 

@@ -93,6 +93,8 @@ def test_all_turns_roles_and_what_else_a_message_says_are_kept():
         ({"turns": ["Hi", "Yo"], "answers": ["Yo"]}, "same length"),
         ({"turns": ["Hi"]}, "'turns' and 'answers' must be lists of texts"),
         ({"instruction": "Hi"}, "'response' or 'output' must be texts"),
+        ({"messages": [user("Hi \ud83d"), assistant("Yo")]}, r"holds '\\ud83d', half of a surrogate pair"),
+        ({"\ude00": 1}, r"holds '\\ude00', half of a surrogate pair"),
     ],
 )
 def test_a_row_of_no_shape_is_an_error_that_says_what_is_wrong(row, message):
@@ -222,6 +224,15 @@ def test_malformed_rows_are_named_counted_and_left_out(tmp_path, tiny_tokenizer,
         (note,) = capsys.readouterr().err.splitlines()
         assert note.startswith("2 of 43 rows are malformed and are left out: ")
         assert f"{first} row 31: not a JSON object; {second} row 6: 'messages' must be" in note
+
+
+def test_half_characters_and_endless_nesting_are_malformed_rows(tmp_path, tiny_tokenizer, capsys):
+    half = json.dumps({"messages": [user("Hi"), assistant("Yo \ud83d")]})
+    file = written(tmp_path / "talks.jsonl", *[TALK] * 20, half, '{"messages": ' + "[" * 100_000, TALK)
+    assert len(answers(file, tiny_tokenizer, malformed=0.1)) == 21
+    (note,) = capsys.readouterr().err.splitlines()
+    assert f"{file} row 21: holds '\\ud83d', half of a surrogate pair" in note
+    assert f"{file} row 22: not a JSON object" in note
 
 
 def test_more_malformed_rows_than_stated_are_an_error_that_names_the_first(tmp_path, tiny_tokenizer):

@@ -55,12 +55,22 @@ def test_a_field_missing_from_a_humaneval_row_is_named(tmp_path, missing):
         ({"prompt": "Hi"}, 'needs "turns"'),
         ({**TALK, "category": 3}, '"category" must be a string'),
         ({**TALK, "reference": [3]}, '"reference" must be a list of strings'),
+        ({**TALK, "turns": ["Hi \ud83d"]}, r"holds '\\ud83d', half of a surrogate pair"),
+        ({**TALK, "category": "\ud83d"}, "holds"),
+        ({**TALK, "reference": ["\ud83d"]}, "holds"),
         ({**TALK, "test": "pass"}, '"test" needs "prompt" and "entry_point"'),
     ],
 )
 def test_what_a_row_lacks_is_told_with_its_line(tmp_path, row, message):
     file = write(tmp_path, TALK, row)
     with pytest.raises(SlipstreamError, match=f"{file}:3: {message}"):
+        read_prompts(file)
+
+
+def test_a_row_that_is_nested_too_deeply_is_told_with_its_line(tmp_path):
+    file = tmp_path / "mine.jsonl"
+    file.write_text('{"turns": ' + "[" * 100_000)
+    with pytest.raises(SlipstreamError, match=f"{file}:1: nested too deeply"):
         read_prompts(file)
 
 
