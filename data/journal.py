@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from pathlib import Path
     from types import TracebackType
 
+_LATER = ("prompts_digest",)  # files begun by earlier versions lack these settings, and are continued
+
 
 class Journal:
     """A JSONL file whose rows came in numbered units, each written at once and synced.
@@ -32,7 +34,8 @@ class Journal:
             if not beside.exists():
                 raise SlipstreamError(f"{path} exists and was not begun by slipstream; give another --out")
             before = json.loads(beside.read_text())
-            changed = [k for k in {**before, **settings} if before.get(k) != settings.get(k)]
+            told = {**{k: settings.get(k) for k in _LATER}, **before}
+            changed = [k for k in {**told, **settings} if told.get(k) != settings.get(k)]
             if changed:
                 raise SlipstreamError(
                     f"{path} was made with {changed[0]}={before.get(changed[0])!r}, not {settings.get(changed[0])!r}; "

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
+import json
 import random
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -70,6 +72,27 @@ class Conversation:
         }
 
 
+def made_of(
+    target: str,
+    prompts: Sequence[dict[str, Any]],
+    temperatures: Sequence[float],
+    max_new_tokens: int,
+    seed: int,
+    think: bool | None,
+) -> dict[str, Any]:
+    """Settings of a journal of answers: another prompt would be another row of the same number."""
+    asked = [[row["question_id"], row["category"], row["turns"]] for row in prompts]
+    return {
+        "target": target,
+        "prompts": len(prompts),
+        "prompts_digest": hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16],
+        "temperatures": list(temperatures),
+        "max_new_tokens": max_new_tokens,
+        "seed": seed,
+        "think": think,
+    }
+
+
 def regenerate(
     target: str,
     sample: Sample,
@@ -102,15 +125,7 @@ def regenerate(
     firsts = [encode_prompt(tokenizer, [{"role": "user", "content": row["turns"][0]}], **options) for row in prompts]
     order = sorted(range(len(prompts)), key=lambda i: len(firsts[i]))  # rows of a batch need little padding
     batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
-    settings = {
-        "target": target,
-        "prompts": len(prompts),
-        "temperatures": list(temperatures),
-        "max_new_tokens": max_new_tokens,
-        "seed": seed,
-        "think": think,
-        "batch": batch_size,
-    }
+    settings = {**made_of(target, prompts, temperatures, max_new_tokens, seed, think), "batch": batch_size}
     todo = random.Random(seed).sample(range(len(batches)), len(batches))
     with Journal(out, settings) as journal, progress("answers by the target", len(prompts), "rows") as advance:
         done = journal.units

@@ -13,7 +13,7 @@ from openai.types.chat import ChatCompletion
 from slipstream.configs.errors import SlipstreamError
 from slipstream.configs.progress import console, progress
 from slipstream.data.journal import Journal
-from slipstream.data.regenerate import Conversation
+from slipstream.data.regenerate import Conversation, made_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -54,15 +54,7 @@ def regenerate(
     """
     if parallel < 1:
         raise SlipstreamError(f"--parallel must be at least 1, not {parallel}")
-    settings = {
-        "target": model,
-        "prompts": len(prompts),
-        "temperatures": list(temperatures),
-        "max_new_tokens": max_new_tokens,
-        "seed": seed,
-        "think": think,
-        "server": True,
-    }
+    settings = {**made_of(model, prompts, temperatures, max_new_tokens, seed, think), "server": True}
     refused: list[str] = []
     with Journal(out, settings) as journal, progress("answers by the server", len(prompts), "rows") as advance:
         done = journal.units

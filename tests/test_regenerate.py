@@ -54,14 +54,18 @@ def loaded(tiny_target_folder):
 
 
 def answered(
-    loaded, out: Path, tokenizer: PreTrainedTokenizerFast | None = None, **options: Any
+    loaded,
+    out: Path,
+    tokenizer: PreTrainedTokenizerFast | None = None,
+    prompts: list[dict[str, Any]] = PROMPTS,
+    **options: Any,
 ) -> list[dict[str, Any]]:
     settings = {"stop_ids": loaded.stop_ids(), "temperatures": [0.0], "max_new_tokens": 6, "seed": 1, "batch_size": 3}
     regenerate(
         loaded.name,
         partial(sample, loaded),
         tokenizer or loaded.chat_tokenizer,
-        PROMPTS,
+        prompts,
         out=out,
         **{**settings, **options},
     )
@@ -141,6 +145,28 @@ def test_a_killed_run_loses_at_most_the_batch_in_hand_and_ends_with_the_same_row
     assert out.read_bytes().split(b"\n")[:written] == kept[:written]
     assert rows_of(out) == rows_of(whole)
     assert len(rows_of(whole)) == 28
+
+
+def begun_before_digests(out: Path) -> None:
+    """A journal whose settings are those of the version that only counted its prompts."""
+    beside = out.with_name(out.name + ".settings.json")
+    settings = json.loads(beside.read_text())
+    assert settings.pop("prompts_digest")
+    beside.write_text(json.dumps(settings))
+
+
+def test_other_prompts_of_the_same_number_are_another_run(tmp_path, loaded):
+    out, others = tmp_path / "talks.jsonl", [{**prompt, "turns": ["hello"]} for prompt in PROMPTS]
+    rows = answered(loaded, out)
+    with pytest.raises(SlipstreamError, match=f"{out} was made with prompts_digest="):
+        answered(loaded, out, prompts=others)
+    begun_before_digests(out)
+    with pytest.raises(SlipstreamError, match=f"{out} was made with prompts=7, not 6"):
+        answered(loaded, out, prompts=others[:6])
+    out.write_text("".join(out.read_text().splitlines(keepends=True)[:3]))  # one batch
+    assert answered(loaded, out) == rows
+    with pytest.raises(SlipstreamError, match=f"{out} was made with prompts_digest="):
+        answered(loaded, out, prompts=others)
 
 
 # --- behind a server ---
@@ -269,6 +295,16 @@ def test_thinking_is_asked_for_and_thoughts_are_kept(tmp_path, stub, think):
     assert all(body["chat_template_kwargs"] == {"enable_thinking": think} for body in stub.asked)
     assert rows[0]["messages"] == [user("Hi 0"), {**assistant("Yo"), "reasoning_content": "hm"}]
     assert {row["think"] for row in rows} == {think}
+
+
+def test_a_server_is_not_asked_other_prompts_into_the_same_file(tmp_path, stub):
+    out, others = tmp_path / "talks.jsonl", [{**prompt, "turns": ["hello"]} for prompt in PROMPTS]
+    served(stub, out)
+    with pytest.raises(SlipstreamError, match=f"{out} was made with prompts_digest="):
+        served(stub, out, others)
+    begun_before_digests(out)
+    out.write_text("".join(out.read_text().splitlines(keepends=True)[:3]))
+    assert served(stub, out) == EXPECTED
 
 
 def test_nothing_is_asked_after_an_answer_that_was_cut_short(tmp_path, stub):
