@@ -7,9 +7,10 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pyarrow
 import pyarrow.compute
 import pyarrow.parquet
-from datasets import Dataset, Features, List, Value, load_dataset
+from datasets import Dataset, Features, List, Value
 from datasets.exceptions import DatasetGenerationError
 from datasets.fingerprint import Hasher
 
@@ -164,10 +165,19 @@ def _kept(rows: Dataset, max_length: int, malformed: float) -> Dataset:
 
 
 def pack(journal: Path, out: Path) -> None:
-    """A journal of conversations as a small Parquet file (zstd), without the journal's own columns."""
-    rows = load_dataset("json", data_files=str(journal), split="train")
+    """A journal of conversations as a small Parquet file (zstd), without the journal's own columns; ids are texts there.
+
+    Raises:
+        SlipstreamError: If the journal holds no conversation.
+    """
+    text = journal.read_text(encoding="utf-8")
+    rows = [json.loads(line) for line in text.split("\n") if line]  # not splitlines: a row may hold U+2028
+    if not rows:
+        raise SlipstreamError(f"{journal} holds no conversation; {out} is not written")
     keep = ("id", "category", "messages", "temperature", "think", "finished", "tokens")
-    table = rows.select_columns([name for name in keep if name in rows.column_names]).with_format("arrow")[:]
+    columns = {name: [row.get(name) for row in rows] for name in keep if any(name in row for row in rows)}
+    if "id" in columns:
+        columns["id"] = [str(name) for name in columns["id"]]
     buffer = io.BytesIO()
-    pyarrow.parquet.write_table(table, buffer, compression="zstd", compression_level=19)
+    pyarrow.parquet.write_table(pyarrow.table(columns), buffer, compression="zstd", compression_level=19)
     write_atomic(out, buffer.getvalue())

@@ -316,3 +316,29 @@ def test_packed_conversations_read_back_equal_without_the_journals_column(tmp_pa
     pack(tmp_path / "talks.jsonl", tmp_path / "talks.parquet")
     (source,) = read(tmp_path / "talks.parquet")
     assert [row for _, row in source.rows()] == rows
+
+
+def test_rows_that_differ_in_what_they_hold_are_packed_together(tmp_path):
+    thought = {**assistant("Yo"), "reasoning_content": "hm"}
+    rows = [
+        {"id": 1, "messages": [user("Hi"), assistant("Yo")], "temperature": 0, "think": None},
+        {"id": "HumanEval/0", "messages": [user("Hi"), thought], "temperature": 0.7, "think": True, "finished": True},
+    ]
+    with Journal(tmp_path / "talks.jsonl", {}) as journal:
+        journal.append(0, rows[:1] * 2901 + rows[1:] * 99)
+    pack(tmp_path / "talks.jsonl", tmp_path / "talks.parquet")
+    (source,) = read(tmp_path / "talks.parquet")
+    packed = [row for _, row in source.rows()]
+    assert [row["id"] for row in packed] == ["1"] * 2901 + ["HumanEval/0"] * 99
+    assert [normalize(row) for row in (packed[0], packed[-1])] == [row["messages"] for row in rows]
+    assert [(row["temperature"], row["think"], row["finished"]) for row in (packed[0], packed[-1])] == [
+        (0.0, None, None),
+        (0.7, True, True),
+    ]
+
+
+def test_a_journal_without_conversations_is_not_packed(tmp_path):
+    with Journal(tmp_path / "talks.jsonl", {}):
+        pass
+    with pytest.raises(SlipstreamError, match=r"talks.jsonl holds no conversation; .*talks.parquet is not written"):
+        pack(tmp_path / "talks.jsonl", tmp_path / "talks.parquet")
