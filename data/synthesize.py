@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from slipstream.configs.errors import SlipstreamError
 from slipstream.configs.progress import progress
 from slipstream.data.journal import Journal
 from slipstream.data.template import user_turn
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from slipstream.data.regenerate import Sample
 
 _FIELD = re.compile(r"{(\w+)}")
+_BARREN = 20  # batches in a row without a new prompt, after which no more are drawn
 
 
 def topic_prompts(count: int, seed: int) -> list[dict[str, Any]]:
@@ -66,14 +68,22 @@ def self_prompts(
     """Sample `count` distinct prompts from the target after the opening of a user turn; resumable to the batch.
 
     Prompts the target did not finish, and repeats, are dropped.
+
+    Raises:
+        SlipstreamError: If batch after batch holds no new prompt.
     """
     opening, closing = user_turn(tokenizer)
     settings = {"target": target, "seed": seed, "temperature": temperature, "batch": batch_size}
     with Journal(out, settings) as journal, progress("prompts by the target", count, "prompts") as advance:
         seen = {row["turns"][0] for row in journal.rows()}
         advance(len(seen))
-        unit = journal.next_unit
+        unit, barren = journal.next_unit, 0
         while len(seen) < count:
+            if barren == _BARREN:
+                raise SlipstreamError(
+                    f"{target} wrote no new prompt in {barren} batches of {batch_size}, after {len(seen):,} of {count:,}; "
+                    f"ask for no more than those (--own {len(seen)})"
+                )
             drawn = sample(
                 [opening] * batch_size,
                 [temperature] * batch_size,
@@ -89,4 +99,5 @@ def self_prompts(
                     rows.append({"question_id": f"self-{len(seen)}", "category": "self", "turns": [text]})
             journal.append(unit, rows)
             advance(len(rows))
+            barren = 0 if rows else barren + 1
             unit += 1

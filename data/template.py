@@ -106,10 +106,10 @@ def user_turn(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]
     A target sampled after the opening writes prompts of the kind it was trained on (Magpie, arXiv 2406.08464).
     """
     text = render_text(tokenizer, [{"role": "user", "content": _PROBE}], prompt=True)
-    before, found, after = text.partition(_PROBE)
+    before, found, _ = text.partition(_PROBE)
     if not found:
         raise SlipstreamError("the chat template drops the user's message; prompts cannot be synthesized with it")
-    return encode(tokenizer, before), encode(tokenizer, after)[:1]
+    return encode(tokenizer, before), _encode_at(tokenizer, text, len(before + found), len(text))[:1]
 
 
 def render(

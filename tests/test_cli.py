@@ -9,6 +9,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from importlib.resources import files
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -375,6 +376,24 @@ def test_synthesize_makes_the_folder_it_writes_to(slipstream, tmp_path):
     out = tmp_path / "new" / "prompts.jsonl"
     assert slipstream("synthesize", "--own", 0, "--topics", 20, "--out", out).status == 0
     assert all(json.loads(line)["turns"] for line in out.read_text().splitlines())
+
+
+def test_synthesize_takes_no_more_prompts_by_the_target_than_were_asked_for(slipstream, tmp_path, monkeypatch):
+    out, own = tmp_path / "prompts.jsonl", []
+    monkeypatch.setattr("slipstream.distill.target.load_target", lambda name: SimpleNamespace(chat_tokenizer=None))
+
+    def own_prompts(*_: object, count: int, out: Path, **__: object) -> None:
+        own.extend(
+            {"question_id": f"self-{i}", "turns": [f"Hi {i}"], "unit": [i, 0, 1]} for i in range(len(own), count)
+        )
+        out.write_text("".join(json.dumps(row) + "\n" for row in own))
+
+    monkeypatch.setattr("slipstream.data.synthesize.self_prompts", own_prompts)
+    for asked in (5, 3):
+        assert slipstream("synthesize", "--own", asked, "--topics", 0, "--out", out).status == 0
+        rows = [json.loads(line) for line in out.read_text().splitlines()]
+        assert [row["turns"] for row in rows] == [[f"Hi {i}"] for i in range(asked)]
+        assert not any("unit" in row for row in rows)
 
 
 @pytest.mark.parametrize("minutes", ["0", "-1", "soon", "nan", "inf"])

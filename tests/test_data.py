@@ -19,9 +19,10 @@ from slipstream.configs.errors import SlipstreamError
 from slipstream.data import template
 from slipstream.data.batches import Batches
 from slipstream.data.sources import read
-from slipstream.data.synthesize import topic_prompts
+from slipstream.data.synthesize import self_prompts, topic_prompts
 from slipstream.data.template import encode, encode_prompt, render, require_generation_prompt, thinking, user_turn
 from slipstream.data.vocabulary import coverage, draft_vocabulary
+from slipstream.decode.tasks import read_prompts
 
 THINK_STRIPPED = """\
 {%- for m in messages %}<|im_start|>{{ m.role }}
@@ -303,6 +304,8 @@ def test_user_turn_is_what_the_template_puts_around_a_question(tiny_tokenizer):
     opening, closing = user_turn(tiny_tokenizer)
     assert tiny_tokenizer.decode(opening) == "<|im_start|>user\n"
     assert tiny_tokenizer.decode(closing) == "<|im_end|>"
+    marked = sentencepiece("prepend", MISTRAL)
+    assert encode_prompt(marked, [user("Hi")])[-1:] == user_turn(marked)[1]
 
 
 def in_pieces(tokenizer: PreTrainedTokenizerFast, messages: list[dict[str, str]]) -> tuple[list[int], list[int]]:
@@ -519,3 +522,28 @@ def test_more_topic_prompts_extend_fewer_in_every_group():
 @pytest.mark.parametrize("count", [1, 7, 33, 333])
 def test_about_as_many_topic_prompts_come_as_were_asked_for(count):
     assert abs(len(topic_prompts(count, seed=0)) - count) <= 2
+
+
+class Writer:
+    """Samples as a target that writes these prompts, a batch after the other, and then the last ones for ever."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, *batches: list[str]) -> None:
+        self.tokenizer, self.batches, self.asked = tokenizer, batches, 0
+
+    def __call__(self, prompts: list[list[int]], temperatures: list[float], **_: Any) -> list[list[int]]:
+        texts = self.batches[min(self.asked, len(self.batches) - 1)]
+        self.asked += 1
+        assert len(prompts) == len(temperatures) == len(texts)
+        return [encode(self.tokenizer, f"{text}<|im_end|>") for text in texts]
+
+
+def test_a_target_that_writes_no_new_prompt_is_asked_a_while_and_no_longer(tmp_path, tiny_tokenizer):
+    out, writer = tmp_path / "own.jsonl", Writer(tiny_tokenizer, ["hello you", "hello me"], ["hello me", "Hi"])
+    for asked in (21, 20):  # a second time it goes on from what there is
+        writer.asked = 21 - asked
+        with pytest.raises(
+            SlipstreamError, match=r"tiny wrote no new prompt in 20 batches of 2, after 2 of 3; .*--own 2"
+        ):
+            self_prompts("tiny", writer, tiny_tokenizer, count=3, seed=1, batch_size=2, out=out)
+        assert writer.asked == 21
+    assert [row["turns"] for row in read_prompts(out)] == [["hello you"], ["hello me"]]

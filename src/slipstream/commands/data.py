@@ -32,7 +32,7 @@ def synthesize(
         loaded = load_target(target)
         sampled = out.with_name(out.stem + ".own.jsonl")
         self_prompts(target, partial(sample, loaded), loaded.chat_tokenizer, count=own, seed=seed, out=sampled)
-        rows += [{k: v for k, v in row.items() if k != "unit"} for row in read_prompts(sampled)]
+        rows += [{k: v for k, v in row.items() if k != "unit"} for row in read_prompts(sampled, own)]
     write_atomic(out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
