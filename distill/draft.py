@@ -305,7 +305,7 @@ class DraftHead(PreTrainedModel):
             SlipstreamError: If name and weights, width, vocabulary or layers differ.
         """
         config = self.config
-        if config.target_name and not _same_place(config.target_name, target.name) and not self._knows(target):
+        if config.target_name and not same_place(config.target_name, target.name) and not self._knows(target):
             here = str(target.dtype).removeprefix("torch.")
             weights = "unknown" if self.trained_on is None else f"not these in {here}"
             raise SlipstreamError(
@@ -332,7 +332,7 @@ class DraftHead(PreTrainedModel):
         return weights_fingerprint(target, dtype) == weights
 
 
-def _same_place(first: str, second: str) -> bool:
+def same_place(first: str, second: str) -> bool:
     """Whether two names of targets are one, or lead to one folder or file."""
     paths = [Path(name).expanduser() for name in (first, second)]
     return first == second or (all(path.exists() for path in paths) and paths[0].samefile(paths[1]))

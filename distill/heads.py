@@ -17,7 +17,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from slipstream.configs.errors import SlipstreamError
 from slipstream.configs.files import folder_atomic
 from slipstream.configs.recipe import Recipe
-from slipstream.distill.draft import DraftConfig, DraftHead
+from slipstream.distill.draft import DraftConfig, DraftHead, same_place
 from slipstream.distill.hub import commit, fetch
 from slipstream.distill.store import weights_fingerprint
 from slipstream.distill.target import DTYPES
@@ -117,6 +117,14 @@ def trained_think(folder: Path) -> bool | None:
     """What the chat template was told about thinking where a head was trained; None where nothing, or nobody says."""
     think: bool | None = read_provenance(folder).get("recipe", {}).get("data", {}).get("think")
     return think
+
+
+def trained_adapter(folder: Path, target: str) -> str | None:
+    """The adapter that a head's target had, where `target` is that target's name; None where it had none, or nobody says."""
+    if not same_place(read_json(folder / "config.json").get("target_name") or "", target):
+        return None  # it may be the merged one
+    adapter: str | None = read_provenance(folder).get("recipe", {}).get("target", {}).get("adapter")
+    return adapter
 
 
 def read_provenance(folder: Path) -> dict[str, Any]:

@@ -1,9 +1,11 @@
 """LoRA on a head: only the updates learn, merged they are the head that was trained, alone they fit their head only."""
 
 import json
+import shutil
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from test_trainer import RECIPE, answers, dataset
 from tiny import HEADS, VOCAB, tiny_head, tiny_target
 
@@ -14,6 +16,7 @@ from slipstream.data.batches import Batches
 from slipstream.distill.adapters import add_lora, merge_adapter, rebuild, save_adapter
 from slipstream.distill.heads import load_head
 from slipstream.distill.objectives import forward_kl
+from slipstream.distill.target import load_target
 from slipstream.distill.unroll import unroll
 from slipstream.train.trainer import Trainer
 
@@ -81,3 +84,57 @@ def test_the_command_goes_on_from_a_head(tiny_target_folder, tmp_path, datasets_
     assert torch.equal(old.lm_head.weight, new.lm_head.weight)
     assert not torch.equal(old.fc.weight, new.fc.weight)
     assert torch.allclose(merge_adapter(old, tmp_path / "second" / "adapter").fc.weight, new.fc.weight, atol=1e-6)
+
+
+@pytest.fixture
+def adapter(tiny_target_folder, tmp_path):
+    """An adapter of the tiny target that changes what it says."""
+    model = get_peft_model(
+        load_target(str(tiny_target_folder)).model, LoraConfig(r=2, target_modules=["q_proj", "o_proj"])
+    )
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "lora_" in name:
+                weight.copy_(torch.randn(weight.shape, generator=generator))
+    model.save_pretrained(tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+def test_a_head_of_an_adapted_target_decodes_with_it(tiny_target_folder, adapter, tmp_path, datasets_cache, capsys):
+    talk = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo hello Yo hello"}]}
+    (tmp_path / "talks.jsonl").write_text((json.dumps(talk) + "\n") * 6)
+    train = ["--target.name", tiny_target_folder, "--target.adapter", adapter, "--target.dtype", "float32"]
+    train += ["--data.conversations", tmp_path / "talks.jsonl", "--train.max_steps", 2, "--head.draft_vocab_size", 64]
+    assert main(["train", *map(str, [*train, "--out", tmp_path / "run"])]) == 0
+    draft = tmp_path / "run" / "draft"
+
+    def said(target, *more):
+        command = [
+            "generate",
+            "--target",
+            target,
+            "--prompt",
+            "Hi",
+            "--max_new_tokens",
+            12,
+            "--dtype",
+            "float32",
+            "--quiet",
+        ]
+        capsys.readouterr()
+        status = main([*map(str, [*command, *more])])
+        return status, capsys.readouterr()
+
+    adapted, bare = (said(tiny_target_folder, *more)[1].out for more in (["--adapter", adapter], []))
+    assert adapted != bare
+    assert said(tiny_target_folder, "--draft", draft)[1].out == adapted
+    merged = load_target(str(tiny_target_folder), dtype=torch.float32, adapter=str(adapter))
+    merged.model.save_pretrained(tmp_path / "merged")
+    merged.tokenizer.save_pretrained(tmp_path / "merged")
+    assert said(tmp_path / "merged", "--draft", draft)[1].out == adapted  # known by its weights, and adapted once
+    base = shutil.copytree(tiny_target_folder, tmp_path / "base")
+    status, told = said(base, "--draft", draft)
+    assert status == 2
+    assert "belongs to target" in told.err
+    assert said(base, "--draft", draft, "--adapter", adapter)[1].out == adapted

@@ -134,7 +134,7 @@ def test_heads_that_were_trained_otherwise_need_a_word(thinker, draft, asked, tm
     capsys.readouterr()
     assert main([*command, "--out", str(tmp_path / "out")]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert f"({draft} with think false, {tmp_path / 'other'} with think null); give --think true or --think" in line
+    assert f"({draft} with think false, {tmp_path / 'other'} with think null); give --think" in line
     command[4:] = [str(draft), str(thinker), "ngram"]  # a small model was not trained for a target
     assert main([*command, "--out", str(tmp_path / "out")]) == 2
     assert "target 'nowhere/at-all' cannot be loaded" in capsys.readouterr().err

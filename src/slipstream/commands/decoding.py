@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from slipstream.configs.errors import SlipstreamError
+
+if TYPE_CHECKING:
+    from slipstream.distill.target import Target
 
 Dtype = Literal["bfloat16", "float16", "float32"]
 Schedule = Literal["fixed", "heuristic", "confidence", "entropy", "cost"]
@@ -25,6 +28,7 @@ def generate(
     device: str | None = None,
     schedule: Schedule | None = None,
     think: bool | None = None,
+    adapter: str | None = None,
     compiled: bool = False,
     quiet: bool = False,
 ) -> None:
@@ -44,6 +48,7 @@ def generate(
         schedule: How the tree changes from round to round; default: as in the head's decode.json.
         think: Whether answers think before they speak, for templates with `enable_thinking`; default: as the head was
             trained.
+        adapter: A peft adapter of the target, folder or hub id; default: as the head was trained.
         compiled: Run target and head through torch.compile: minutes at first, then faster on long texts.
         quiet: Only the text: no colours, no line of statistics.
     """
@@ -54,14 +59,13 @@ def generate(
     import slipstream
     from slipstream.decode.speculation import Speculation
     from slipstream.decode.stream import TagStream
-    from slipstream.distill.target import find_device
 
     chat = prompt is None and sys.stdin.isatty()
     if prompt is None and not chat:
         prompt = sys.stdin.read().strip()
     if not chat and not (prompt or "").strip():
         raise SlipstreamError("no prompt: give --prompt, or write one to standard input")
-    loaded = slipstream.load_target(target, dtype=dtype, device=find_device(device), think=_think(think, [draft]))
+    loaded = _load_target(target, [draft], dtype, device, think, adapter)
     decoder = slipstream.load(loaded, draft, compiled=compiled)
     if schedule is not None:
         decoder.policy = replace(decoder.policy, speculation=Speculation(schedule))
@@ -87,21 +91,33 @@ def generate(
         messages.append({"role": "assistant", "content": text})
 
 
-def _think(think: bool | None, drafts: list[str]) -> bool | None:
-    """What the chat template is told: what was asked for, else what it was told where the heads were trained.
+def _load_target(
+    name: str, drafts: list[str], dtype: Dtype, device: str | None, think: bool | None, adapter: str | None
+) -> Target:
+    """The target as it was where the heads were trained: told the same about thinking, with the same adapter.
+
+    What was asked for goes before that.
 
     Raises:
         SlipstreamError: If nothing was asked for, and the heads differ.
     """
-    from slipstream.distill.heads import is_head, locate, trained_think
+    from slipstream.distill.heads import is_head, locate, trained_adapter, trained_think
+    from slipstream.distill.target import find_device, load_target
 
-    if think is not None:
-        return think
-    folders = {draft: locate(draft) for draft in drafts if draft not in ("none", "ngram")}
-    told = {draft: trained_think(folder) for draft, folder in folders.items() if is_head(folder)}
+    places = {draft: locate(draft) for draft in drafts if draft not in ("none", "ngram")}
+    heads = {draft: folder for draft, folder in places.items() if is_head(folder)}
+    if think is None:
+        think = _agreed("think", {draft: trained_think(folder) for draft, folder in heads.items()})
+    if adapter is None:
+        adapter = _agreed("adapter", {draft: trained_adapter(folder, name) for draft, folder in heads.items()})
+    return load_target(name, dtype=dtype, device=find_device(device), think=think, adapter=adapter)
+
+
+def _agreed(option: str, told: dict[str, Any]) -> Any:
+    """What all heads were trained with."""
     if len(set(told.values())) > 1:
-        words = ", ".join(f"{draft} with think {json.dumps(value)}" for draft, value in told.items())
-        raise SlipstreamError(f"the heads were trained differently ({words}); give --think true or --think false")
+        words = ", ".join(f"{draft} with {option} {json.dumps(value)}" for draft, value in told.items())
+        raise SlipstreamError(f"the heads were trained differently ({words}); give --{option}")
     return next(iter(told.values()), None)
 
 
@@ -129,6 +145,7 @@ def evaluate(
     device: str | None = None,
     seed: int = 0,
     think: bool | None = None,
+    adapter: str | None = None,
     card: bool = False,
 ) -> None:
     """Measure rules and heads against transformers' generate: results.json, answers.jsonl, table.md, report.html.
@@ -153,6 +170,7 @@ def evaluate(
         device: `cpu`, `cuda`, `cuda:1`, ..; default: a card where there is one.
         seed: Of draws and intervals.
         think: Whether answers think before they speak; default: as the heads were trained.
+        adapter: A peft adapter of the target, folder or hub id; default: as the heads were trained.
         card: Write the measured table into the model card (README.md) of the head's folder as well.
     """
     import slipstream
@@ -162,7 +180,6 @@ def evaluate(
     from slipstream.decode.report import require_figures
     from slipstream.decode.suite import evaluate as measure
     from slipstream.decode.tasks import read_tasks, require_references
-    from slipstream.distill.target import find_device
 
     plan = Plan(tuple(rules), tuple(temperature), tuple(batch_size), max_new_tokens, seed, score, trace)
     if card and (len(draft) > 1 or not (Path(draft[0]) / "config.json").is_file()):
@@ -172,7 +189,7 @@ def evaluate(
     rows = read_tasks(prompts, limit)
     if score:
         require_references(rows)
-    loaded = slipstream.load_target(target, dtype=dtype, device=find_device(device), think=_think(think, draft))
+    loaded = _load_target(target, draft, dtype, device, think, adapter)
     decoders = {name: slipstream.load(loaded, name) for name in draft}
     require_figures()
     require_writable(out, 10)
@@ -191,6 +208,7 @@ def tune(
     dtype: Dtype = "bfloat16",
     device: str | None = None,
     think: bool | None = None,
+    adapter: str | None = None,
 ) -> None:
     """Choose tree, rule and schedule for this device within a budget of fidelity; writes decode.json into the head's folder.
 
@@ -207,6 +225,7 @@ def tune(
         dtype: Of target and head.
         device: The one to tune for: `cpu`, `cuda`, `cuda:1`, ..; default: a card where there is one.
         think: Whether answers think before they speak; default: as the head was trained.
+        adapter: A peft adapter of the target, folder or hub id; default: as the head was trained.
     """
     import slipstream
     from slipstream.configs.progress import console
@@ -216,7 +235,6 @@ def tune(
     from slipstream.decode.tune import frontier_table, gain
     from slipstream.decode.tune import tune as search
     from slipstream.distill.heads import check_head
-    from slipstream.distill.target import find_device
 
     if max_new_tokens < 1:
         raise SlipstreamError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
@@ -225,7 +243,7 @@ def tune(
     rows = read_tasks(prompts) if prompts else tuning_prompts()
     if limit.kind == "task":
         require_references(rows, "--budget task")
-    loaded = slipstream.load_target(target, dtype=dtype, device=find_device(device), think=_think(think, [str(draft)]))
+    loaded = _load_target(target, [str(draft)], dtype, device, think, adapter)
     decoder = slipstream.load(loaded, draft)
     policy, points = search(decoder, rows, budget=limit, max_new_tokens=max_new_tokens, trace=trace)
     policy.save(draft)
