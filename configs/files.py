@@ -44,7 +44,8 @@ def folder_atomic(path: Path) -> Iterator[Path]:
     temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
     try:
         yield temporary
-        temporary.chmod(0o755)
+        for place in (temporary, *temporary.rglob("*")):  # safetensors and mkdtemp let nobody else read
+            place.chmod(0o755 if place.is_dir() else 0o644)
         if path.exists():
             retired = temporary.with_name(temporary.name + ".old")
             path.rename(retired)

@@ -76,7 +76,7 @@ def check(header: Header, verifier: Verifier, shape: TreeShape | None = None) ->
     schedule = header.policy["speculation"]["schedule"]
     if recorded.paths or shape.paths or recorded.copied or shape.copied or schedule != "fixed":
         raise SlipstreamError(
-            "only trees given by depth, top_k and nodes, under the fixed schedule, can be made smaller"
+            "only trees given by depth, top_k and nodes, without copies and under the fixed schedule, can be made smaller"
         )
     for name in ("depth", "top_k", "nodes"):
         most, asked = getattr(recorded, name), getattr(shape, name)

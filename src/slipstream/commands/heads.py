@@ -85,8 +85,12 @@ def inspect_(folder: Path, target: str | None = None) -> None:
     from slipstream.distill.inspection import inspect_head
 
     found = inspect_head(folder, target)
-    tree = Policy.load(folder).tree
+    policy = Policy.load(folder)
+    tree, schedule = policy.tree, policy.speculation.schedule
     tuned = f"depth {tree.depth}, top-k {tree.top_k}, {tree.nodes} nodes"
+    tuned += f" and {tree.copied} copied" if tree.copied else ""
+    tuned += f", {schedule}" if schedule != "fixed" else ""
+    tuned += f"; relaxed: {policy.relaxed.label}"
     facts = Table(box=None, show_header=False)
     for what, value in {
         **found.facts,
