@@ -8,9 +8,13 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+_MOST = 40  # names
+
 
 def near(name: str, known: Iterable[str]) -> str:
-    """`; did you mean 'x'?` where a known name is close, else `; known: a, b`."""
+    """`; did you mean 'x'?` where a known name is close, else `; known: a, b` where they are few enough to read."""
     known = list(known)
     close = get_close_matches(name, known, n=1)
-    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"
+    if close:
+        return f"; did you mean {close[0]!r}?"
+    return f"; known: {', '.join(known)}" if len(known) <= _MOST else ""

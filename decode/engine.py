@@ -14,7 +14,7 @@ from slipstream.decode.batch import Batch
 from slipstream.decode.cache import FixedCaches, TreeCache
 from slipstream.decode.drafters import Drafter, NoDrafter, Round, last_tokens
 from slipstream.decode.policy import Policy
-from slipstream.decode.processors import TreeProcessors, check_config, make_config, make_processors
+from slipstream.decode.processors import TreeProcessors, check_config, make_config, make_criteria, make_processors
 from slipstream.decode.speculation import SIZES, bucket
 from slipstream.decode.stats import Stats
 from slipstream.decode.transfer import to_device
@@ -120,11 +120,13 @@ class Decoder:
             on_tokens: Called with the tagged tokens of each round, for one prompt.
             observer: Shown every round as it was verified, `recorder.record` makes one.
             **options: Any other setting of transformers' `GenerationConfig` that shapes the logits or the end:
-                `min_p`, `repetition_penalty`, `bad_words_ids`, `eos_token_id`, ..
+                `min_p`, `repetition_penalty`, `bad_words_ids`, `eos_token_id`, `stop_strings`, `max_time`, ..
 
         Raises:
             SlipstreamError: If a prompt is empty or longer than the context, or an option cannot be honoured.
         """
+        if not isinstance(input_ids, Tensor):
+            raise SlipstreamError(f"input_ids must be a tensor of token ids, [B, n], not {type(input_ids).__name__}")
         named = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p}
         length = input_ids.shape[-1]
         config = make_config(
@@ -137,7 +139,7 @@ class Decoder:
             config.max_length - length,
             config,
             make_processors(self.target, config, length, attention_mask, logits_processor),
-            stopping_criteria,
+            make_criteria(self.target, config, stopping_criteria),
             verify,
             seed,
             streamer,

@@ -1,4 +1,4 @@
-"""transformers' logits processors on trees: every node is processed with its own prefix, as `generate` would have it."""
+"""`generate`'s settings, stopping criteria and logits processors; these on trees, where each node has its own prefix."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessorList
+from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 from transformers.generation import logits_process
+from transformers.generation.stopping_criteria import MaxTimeCriteria, StopStringCriteria
 
 from slipstream.configs.errors import SlipstreamError
 from slipstream.configs.suggest import near
@@ -128,6 +129,23 @@ def make_processors(
         )
     except ValueError as error:
         raise SlipstreamError(f"generation options: {str(error).splitlines()[0]}") from error
+
+
+def make_criteria(
+    target: Target, config: GenerationConfig, extra: StoppingCriteriaList | None
+) -> StoppingCriteriaList | None:
+    """The criteria that end a row beside its length and its stop tokens, `generate`'s own before the caller's; None where none.
+
+    Raises:
+        SlipstreamError: If stop strings are given for a target without a tokenizer.
+    """
+    criteria = StoppingCriteriaList()
+    if config.max_time is not None:
+        criteria.append(MaxTimeCriteria(config.max_time))
+    if config.stop_strings is not None:
+        criteria.append(StopStringCriteria(target.chat_tokenizer, config.stop_strings))
+    criteria.extend(extra or ())
+    return criteria or None
 
 
 def _of_row(processor: LogitsProcessor, row: int) -> LogitsProcessor:

@@ -61,8 +61,8 @@ Target: `{target}`. Where that is no folder or hub id of your server, put the ri
 
 {blocks}
 {origin}: drafts {depth} tokens deep, {top_k} per node, {nodes} nodes verified at once, the root included. A server that
-answers many requests at once does better with fewer. vLLM drafts a chain, so it is given the depth only. The copies from the text
-that slipstream may put beside these nodes are not part of them: a head tuned with copies may do better here with a deeper tree.
+answers many requests at once does better with fewer. vLLM drafts a chain, so it is given the depth only. The copies from the
+text that slipstream may put beside these nodes are not part of them: a head tuned with copies may do better with a deeper tree.
 
 These engines verify exactly: greedy output is the target's own, sampled output has the target's distribution. MARS and
 other relaxed rules are not part of them, and its settings in `decode.json` have no effect there. (SGLang relaxes

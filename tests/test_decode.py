@@ -16,6 +16,7 @@ from slipstream.decode.policy import Policy
 from slipstream.decode.processors import TreeProcessors
 from slipstream.decode.tree import TreeBuilder, TreeShape, fixed_levels, graft, make_tree
 from slipstream.decode.verify import Verifier
+from slipstream.distill.target import load_target
 
 SHAPES = [TreeShape.chain(4), TreeShape.fixed((3, 2, 1)), TreeShape(3, 3, 12, copied=4), TreeShape(5, 4, 20)]
 DRAFTERS = ["none", "head", "model", "ngram", "oracle"]
@@ -220,6 +221,23 @@ class Alternate(LogitsProcessor):
     def __call__(self, input_ids, scores):
         wrong = (torch.arange(scores.shape[1]) + input_ids.shape[1]) % 2 == 0
         return scores.masked_fill(wrong, -torch.inf)
+
+
+def test_stop_strings_and_a_time_limit_end_an_answer_as_in_generate(tiny_target_folder):
+    target = load_target(str(tiny_target_folder), dtype=torch.float32)
+    target.model.generation_config.eos_token_id = None
+    decoder = Decoder(target, HeadDrafter(tiny_head(target), target))
+    ids = torch.arange(3, 9)[None]
+    plain = decoder.generate(ids, max_new_tokens=24, eos_token_id=None)
+    text = target.chat_tokenizer.decode([token.id for token in plain.tokens[6:8]])
+    options = {"max_new_tokens": 24, "stop_strings": [text]}
+    theirs = target.model.generate(ids, do_sample=False, tokenizer=target.chat_tokenizer, **options)
+    ours = decoder.generate(ids, eos_token_id=None, **options)
+    assert ours.sequences.tolist() == theirs.tolist()
+    assert len(ours.tokens) <= 8
+    assert len(decoder.generate(ids, max_new_tokens=24, eos_token_id=None, max_time=-1.0).tokens) == 1
+    with pytest.raises(SlipstreamError, match="must be a tensor of token ids, \\[B, n\\], not str"):
+        decoder.generate("Hi")
 
 
 def test_a_users_own_processor_and_stopping_criteria_are_honoured():
