@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -76,6 +76,7 @@ class Round:
         return self.ids.gather(1, self.ends[:, None] - 1)[:, 0]
 
 
+@runtime_checkable
 class Drafter(Protocol):
     """Proposes trees of continuations in every round."""
 
@@ -110,11 +111,9 @@ class NGramDrafter:
 
     Attributes:
         longest: Tokens of the longest ending looked for; shorter ones are tried where it does not occur.
-        drafts: Tokens to copy; None is the depth of the policy's tree.
     """
 
     longest: int = 3
-    drafts: int | None = 10
 
     def begin(self, batch: int) -> None:
         """Nothing to forget: the text is the state."""
@@ -123,8 +122,8 @@ class NGramDrafter:
         """Nothing to forget."""
 
     def propose(self, round: Round) -> Tree:
-        """A chain per row; the bare root where nothing is found in any row."""
-        copies = _look_up(round, self.drafts or round.shape.depth, range(self.longest, 0, -1))
+        """A chain per row, as deep as the policy's tree; the bare root where nothing is found in any row."""
+        copies = _look_up(round, round.shape.depth, range(self.longest, 0, -1))
         if copies is None:
             return root_only(round.roots)
         width = copies.shape[1]
@@ -225,7 +224,11 @@ class _TreeDrafter:
 
     def _fixed(self, round: Round, logits: Tensor, state: Tensor) -> Tree:
         """Always the same tree: its nodes' ranks among their siblings are given; by likelihood, or in order of draw."""
-        batch, width = len(logits), min(round.shape.top_k, len(self.vocabulary))
+        if round.shape.top_k > len(self.vocabulary):
+            raise SlipstreamError(
+                f"the tree has {round.shape.top_k} children of one node, the draft knows {len(self.vocabulary)} tokens"
+            )
+        batch, width = len(logits), round.shape.top_k
         draw = round.shape.sampled and round.temperature > 0
         tokens, scores = [round.roots[:, None]], [logits.new_zeros(batch, 1, dtype=torch.float)]
         parents = [round.ends.new_zeros(1)]
@@ -387,12 +390,17 @@ class ModelDrafter(_TreeDrafter):
         out = self.model.forward(tokens, position_ids=positions, visible=visible, cache=self.cache)
         return out.logits[..., : len(self.vocabulary)]
 
+    def propose(self, round: Round) -> Tree:
+        """A tree per row; the bare roots where one would reach beyond the model's own context."""
+        deepest = max(round.lengths) + round.shape.depth
+        return root_only(round.roots) if deepest > self.model.context else super().propose(round)
+
     def _extend(self, round: Round) -> tuple[Tensor, Tensor]:
-        """Run the model over the tokens decided since; its own context limit is the caller's to keep."""
+        """Run the model over the tokens decided since; for one that it does not know it reads its last."""
         fresh = [n - done for n, done in zip(round.lengths, self.cache.lengths, strict=True)]
         new = torch.arange(max(fresh), device=round.ids.device)
         positions = self.cache.rows.tensor[:, None] + new
-        tokens = round.ids.gather(1, positions.clamp(max=round.ids.shape[1] - 1))
+        tokens = round.ids.gather(1, positions.clamp(max=round.ids.shape[1] - 1)).clamp(max=self.model.vocab_size - 1)
         visible = None
         if any(self.cache.lengths):
             visible = self.cache.visible(causal(len(new), len(tokens), tokens.device), len(new))

@@ -8,13 +8,21 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from transformers import EosTokenCriteria, MaxLengthCriteria, StoppingCriteriaList
 
 from slipstream.configs.errors import SlipstreamError
 from slipstream.decode.batch import Batch
 from slipstream.decode.cache import FixedCaches, TreeCache
 from slipstream.decode.drafters import Drafter, NoDrafter, Round, last_tokens
 from slipstream.decode.policy import Policy
-from slipstream.decode.processors import TreeProcessors, check_config, make_config, make_criteria, make_processors
+from slipstream.decode.processors import (
+    TreeProcessors,
+    check_config,
+    check_inputs,
+    make_config,
+    make_criteria,
+    make_processors,
+)
 from slipstream.decode.speculation import SIZES, bucket
 from slipstream.decode.stats import Stats
 from slipstream.decode.transfer import to_device
@@ -24,11 +32,14 @@ from slipstream.decode.verify import Spent, Token, Verdict, Verifier, verify
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
+    from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
     from transformers.generation.streamers import BaseStreamer
 
     from slipstream.decode.recorder import Observer
     from slipstream.distill.target import Target
+
+
+_KNOWN_ENDS = (MaxLengthCriteria, EosTokenCriteria)  # of `generate`; room and stop tokens say the same
 
 
 @dataclass(frozen=True)
@@ -169,8 +180,7 @@ class Decoder:
         if model is not self.target.model:
             raise SlipstreamError(f"custom_generate was called for another model than {self.target.name}")
         check_config(generation_config)
-        if generation_config.return_dict_in_generate:
-            raise SlipstreamError("return_dict_in_generate does not go with tree decoding, which returns sequences")
+        check_inputs(input_ids, model_kwargs)
         limit = generation_config.max_length - input_ids.shape[1]
         seed = int(torch.randint(2**31, ())) if generation_config.do_sample else 0
         out = self._generate(
@@ -179,7 +189,7 @@ class Decoder:
             limit,
             generation_config,
             logits_processor,
-            stopping_criteria,
+            StoppingCriteriaList(c for c in stopping_criteria if not isinstance(c, _KNOWN_ENDS)),
             None,
             seed,
             streamer,
@@ -325,8 +335,11 @@ class Decoder:
             if stats.nodes:  # not the prompts' own forward
                 stats.accept_lengths += map(len, new)
             batch.extend(new)
-            stats.seconds = time.perf_counter() - begun
+            away = time.perf_counter()
+            stats.seconds = away - begun
             yield from zip(batch.places, new, strict=True)
+            away = time.perf_counter() - away  # with the caller, which shows the text
+            begun, seen = begun + away, seen + away
             going = [row for row, over in enumerate(ended) if not over]
             if not going:
                 return

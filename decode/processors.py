@@ -47,7 +47,24 @@ _SEARCHES = {
     "penalty_alpha": None,
     "dola_layers": None,
     "prompt_lookup_num_tokens": None,
+    "encoder_repetition_penalty": 1.0,
+    "encoder_no_repeat_ngram_size": 0,
+    "token_healing": False,
+    "return_dict_in_generate": False,
+    "output_scores": False,
+    "output_logits": False,
 }
+_INPUTS = (  # what `generate` itself hands over beside the prompts
+    "attention_mask",
+    "position_ids",
+    "past_key_values",
+    "cache_position",
+    "logits_to_keep",
+    "use_cache",
+    "output_attentions",
+    "output_hidden_states",
+    "return_dict",
+)
 
 
 def check_config(config: GenerationConfig) -> None:
@@ -59,6 +76,29 @@ def check_config(config: GenerationConfig) -> None:
     for name, plain in _SEARCHES.items():
         if getattr(config, name, plain) not in (plain, None):
             raise SlipstreamError(f"generation setting {name}={getattr(config, name)} does not go with tree decoding")
+
+
+def check_inputs(input_ids: Tensor, given: dict[str, Any]) -> None:
+    """Refuse inputs of `generate` beside the prompts that would change its answer: they are not read here.
+
+    Raises:
+        SlipstreamError: On embeddings, images, positions other than the mask's, or tokens that are only in a cache.
+    """
+    for name, value in given.items():
+        nothing = value is None or (name == "token_type_ids" and not value.any())
+        if name not in _INPUTS and not nothing:
+            raise SlipstreamError(f"model input {name!r} does not go with tree decoding, which reads input_ids alone")
+    past = given.get("past_key_values")
+    held = past.get_seq_length() if past is not None else 0
+    if held >= input_ids.shape[1]:
+        raise SlipstreamError(f"past_key_values holds {held} tokens: give all of them in input_ids, which are run anew")
+    mask, positions = given.get("attention_mask"), given.get("position_ids")
+    if positions is not None and positions.shape == input_ids.shape:
+        real = torch.ones_like(input_ids) if mask is None else mask.to(input_ids.device)
+        if ((real.cumsum(1) - 1 != positions) & real.bool()).any():
+            raise SlipstreamError(
+                "position_ids must count the tokens of attention_mask from 0; others are not honoured"
+            )
 
 
 def make_config(
@@ -85,7 +125,7 @@ def make_config(
     named = dict(named)
     limit = named.pop("max_new_tokens", None)  # may be 0, which a GenerationConfig may not say
     if "temperature" in named:
-        named["do_sample"] = named["temperature"] > 0
+        named.setdefault("do_sample", named["temperature"] > 0)
     if given is None:
         named = {"do_sample": False, "top_k": 0, "top_p": 1.0} | named
     if not named.get("do_sample", True):

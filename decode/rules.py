@@ -62,6 +62,8 @@ def admit(
         relaxed = (hits == 0).gather(1, tree.parents) & _passes(verifier, tree, evidence, processed, generators)
         if never_relax is not None and len(never_relax):
             relaxed &= ~_among(tree.tokens, never_relax) & ~_among(above, never_relax)
+        if processed is not None:  # rules look at raw logits, where a forbidden token may be the runner-up
+            relaxed &= processed.own > -math.inf
         relaxed[:, 0] = False
     lines = tree.ancestors
     reached = ~(lines & ~(exact | relaxed)[:, None]).any(-1)

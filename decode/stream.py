@@ -33,6 +33,8 @@ class Pieces:
         if text.endswith("\ufffd"):
             return ""
         fresh, self._text = text[len(self._text) :], text
+        if text.endswith("\n"):  # what comes does not change what was: long answers are not decoded again and again
+            self._ids, self._text = [], ""
         return fresh
 
 

@@ -75,7 +75,7 @@ class Verifier:
         if self.threshold is None:
             object.__setattr__(self, "threshold", SIGNALS[self.signal])
         high = math.inf if self.signal == "margin" else 1.0
-        if not 0 <= self.theta <= high:
+        if not (0 <= self.theta <= high and math.isfinite(self.theta)):
             raise SlipstreamError(f"the threshold of {self.signal} must lie in [0, {high:g}], not {self.theta:g}")
         if self.rank < 2 or (self.rank > 2 and self.signal == "ratio"):
             raise SlipstreamError(f"rank must be 2, or more with the margin or odds signal, not {self.rank}")
@@ -176,7 +176,8 @@ class Token(NamedTuple):
         id: Token id.
         tag: `exact` or `relaxed` for an accepted draft, `bonus` for the target's own.
         margin: z1 - z2 of the target where it was decided, nats; None under a lossless rule, which does not look at it.
-        regret: log p(top) - log p(token) under the unprocessed target, nats.
+        regret: log p(top) - log p(token) under the target, nats. Both are of the logits before any processor at T > 0,
+            and behind the processors where decoding is greedy.
     """
 
     id: int
@@ -233,7 +234,8 @@ class Decision(NamedTuple):
             bad = next((int(node) for _, node, *_, top in kept if not math.isfinite(top)), None)
             if bad is not None:
                 raise SlipstreamError(
-                    f"the target's logits at draft node {bad} are not finite; check its weights and dtype"
+                    f"the logits at draft node {bad} are not finite: check the target's weights and dtype, and whether the "
+                    "logits processors leave a token"
                 )
             out = [Token(int(t), TAGS[int(tag)], None if lossless else m, r) for _, _, t, tag, m, r, _ in kept]
             mine.add(out)
@@ -295,7 +297,9 @@ def decide(
     else:
         after = LogitEvidence(tree, processed)
         choice = admit(verifier, tree, evidence, after, draw(p, generators), generators, spent, never_relax)
-    return _decision(tree, evidence, choice, verifier.lossless)
+    decision = _decision(tree, evidence, choice, verifier.lossless)
+    nothing = p[..., 0].isnan().gather(1, decision.path)  # where processors forbid every token, or logits are broken
+    return decision._replace(top=decision.top.masked_fill(nothing, math.nan))
 
 
 def require_drawn(verifier: Verifier, drawn: bool, chain: bool) -> None:

@@ -7,13 +7,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import ARCHITECTURES, VOCAB, OracleDrafter, greedy, tiny_head, tiny_target
-from transformers import LogitsProcessor, LogitsProcessorList, RepetitionPenaltyLogitsProcessor
+from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, RepetitionPenaltyLogitsProcessor
 
+import slipstream
 from slipstream.configs.errors import SlipstreamError
 from slipstream.decode.drafters import HeadDrafter, ModelDrafter, NGramDrafter, NoDrafter, Round
 from slipstream.decode.engine import Decoder
 from slipstream.decode.policy import Policy
-from slipstream.decode.processors import TreeProcessors
+from slipstream.decode.processors import TreeProcessors, make_config
 from slipstream.decode.tree import TreeBuilder, TreeShape, fixed_levels, graft, make_tree
 from slipstream.decode.verify import Verifier
 from slipstream.distill.target import load_target
@@ -247,14 +248,10 @@ def test_a_users_own_processor_and_stopping_criteria_are_honoured():
     out = decoder.generate(prompt, max_new_tokens=12, logits_processor=LogitsProcessorList([Alternate()]))
     assert len(out.tokens) > 4
     assert all(token.id % 2 == (3 + i + 1) % 2 for i, token in enumerate(out.tokens))
-    ends = [lambda ids, scores: torch.tensor([ids.shape[1] >= 9])]
-    assert len(decoder.generate(prompt, max_new_tokens=12, stopping_criteria=_criteria(ends)).tokens) == 6
-
-
-def _criteria(functions):
-    from transformers import StoppingCriteriaList
-
-    return StoppingCriteriaList(functions)
+    ends = [lambda ids, scores: torch.tensor([ids.shape[1] >= 9])]  # `generate` takes a plain list as well
+    assert len(decoder.generate(prompt, max_new_tokens=12, stopping_criteria=ends).tokens) == 6
+    greedily = decoder.generate(prompt, max_new_tokens=12, do_sample=False, temperature=2.0)
+    assert greedily.sequences.equal(decoder.generate(prompt, max_new_tokens=12).sequences)
 
 
 @pytest.mark.parametrize(
@@ -265,6 +262,8 @@ def _criteria(functions):
         ({"guidance_scale": 2.0}, "keeps a state from token to token"),
         ({"temperature": -1.0}, "temperature must not be negative"),
         ({"max_new_tokens": -1}, "max_new_tokens must not be negative"),
+        ({"encoder_repetition_penalty": 1.2}, "encoder_repetition_penalty=1.2 does not go with tree decoding"),
+        ({"output_scores": True}, "output_scores=True does not go with tree decoding"),
     ],
 )
 def test_options_that_cannot_be_honoured_are_refused(options, message):
@@ -282,6 +281,109 @@ def test_custom_generate_is_generate(batch):
     assert target.model.generate(ids, custom_generate=decoder.custom_generate, **settings).tolist() == want.tolist()
     with pytest.raises(SlipstreamError, match="another model"):
         tiny_target().model.generate(ids, custom_generate=decoder.custom_generate, **settings)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ({"inputs_embeds": torch.ones(1, 4, 32)}, "'inputs_embeds' does not go with tree decoding"),
+        ({"position_ids": torch.arange(4)[None] + 2}, "position_ids must count the tokens"),
+        ({"token_type_ids": torch.tensor([[0, 0, 1, 1]])}, "'token_type_ids' does not go"),
+        ({"token_type_ids": torch.zeros(1, 4)}, None),
+        ({"attention_mask": torch.tensor([[0, 1, 1, 1]]), "position_ids": torch.tensor([[0, 0, 1, 2]])}, None),
+    ],
+)
+def test_inputs_beside_the_prompt_are_refused_where_they_would_count(inputs, message):
+    decoder, ids = Decoder(tiny_target()), torch.tensor([[5, 6, 7, 8]])
+    config = make_config(decoder.target, None, {"max_new_tokens": 3}, 4)
+    given = {"logits_processor": LogitsProcessorList(), "stopping_criteria": [], "generation_config": config, **inputs}
+    if message is None:
+        assert decoder.custom_generate(decoder.target.model, ids, **given).shape == (1, 7)
+        return
+    with pytest.raises(SlipstreamError, match=message):
+        decoder.custom_generate(decoder.target.model, ids, **given)
+
+
+def test_a_cache_that_holds_more_than_the_prompt_is_refused():
+    target, ids, past = tiny_target(), torch.arange(3, 9)[None], DynamicCache()
+    target.model(ids[:, :4], past_key_values=past)
+    settings = {"custom_generate": Decoder(target).custom_generate, "past_key_values": past, "max_new_tokens": 3}
+    with pytest.raises(SlipstreamError, match="past_key_values holds 4 tokens: give all of them in input_ids"):
+        target.model.generate(ids[:, 4:], attention_mask=torch.ones_like(ids), **settings)
+    want = greedy(target, ids, 3)
+    assert target.model.generate(ids, attention_mask=torch.ones_like(ids), **settings).equal(want)
+
+
+@pytest.mark.parametrize("rule", ["mars:margin=3", "mars:ratio=0.1", "mars:odds=0", "typical:epsilon=0", "top_n"])
+@pytest.mark.parametrize("options", [{"suppress_tokens": list(range(0, VOCAB, 2))}, {"top_k": 1}])
+def test_no_rule_lets_a_token_pass_that_the_processors_forbid(rule, options):
+    """The draft is always the runner-up of the raw logits."""
+    target = tiny_target(initializer_range=0.1)
+
+    class RunnerUp(NoDrafter):
+        def propose(self, round):
+            second = target.forward(round.ids[:, : round.lengths[0]]).logits[:, -1].topk(2).indices[:, 1:]
+            tokens = torch.cat([round.roots[:, None], second], 1)
+            return make_tree(tokens, torch.tensor([[0, 0]]), torch.zeros(1, 2), levels=1)
+
+    prompt = torch.tensor([[5, 6, 7]])
+    out = Decoder(target, RunnerUp()).generate(prompt, max_new_tokens=40, temperature=0.8, verify=rule, **options)
+    if "top_k" in options:
+        want = target.forward(out.sequences).logits[0, 2:-1].argmax(-1)
+        assert [token.id for token in out.tokens] == want.tolist()
+    else:
+        assert all(token.id % 2 for token in out.tokens)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_processors_that_forbid_every_token_are_told(temperature):
+    with pytest.raises(SlipstreamError, match="whether the logits processors leave a token"):
+        Decoder(tiny_target()).generate(
+            torch.tensor([[5, 6]]), max_new_tokens=4, temperature=temperature, suppress_tokens=list(range(VOCAB))
+        )
+
+
+def test_block_verification_decodes():
+    target = tiny_target()
+    chain = Policy(tree=TreeShape.chain(3, sampled=True))
+    head = tiny_head(target)
+    out = Decoder(target, HeadDrafter(head, target), chain).generate(
+        torch.tensor([[5, 6, 7]]), max_new_tokens=24, temperature=1.0, verify="block"
+    )
+    assert len(out.tokens) == 24
+
+
+def test_drafters_keep_to_the_context_and_to_their_own():
+    target = tiny_target("gpt2", max_position_embeddings=32)
+    prompt = torch.tensor([[5, 6, 7] * 8])
+    for drafter in (NGramDrafter(), ModelDrafter(tiny_target("gpt2", seed=1, max_position_embeddings=26), target)):
+        out = Decoder(target, drafter, Policy(tree=TreeShape.chain(10))).generate(prompt, max_new_tokens=50)
+        assert out.sequences.equal(greedy(target, prompt, 8))
+
+
+def test_a_draft_model_may_know_fewer_tokens():
+    target = tiny_target()
+    drafter = ModelDrafter(tiny_target(seed=1, vocab_size=64), target)
+    prompt = torch.tensor([[5, 90, 7, 80]])
+    assert Decoder(target, drafter).generate(prompt, max_new_tokens=12).sequences.equal(greedy(target, prompt, 12))
+
+
+def test_load_takes_models_and_drafters_and_nothing_else():
+    target, prompt = tiny_target(), torch.tensor([[5, 6, 7]])
+    want = greedy(target, prompt, 8)
+    for draft in (tiny_target(seed=1).model, NGramDrafter(), "ngram", "none"):
+        decoder = slipstream.load(target.model, draft)
+        assert isinstance(decoder.drafter, NoDrafter) is (draft == "none")
+        assert decoder.generate(prompt, max_new_tokens=8).sequences.equal(want)
+    with pytest.raises(SlipstreamError, match="draft must be a folder, a hub id, a head or a model, not int"):
+        slipstream.load(target, 3)
+
+
+def test_a_fixed_tree_wider_than_the_drafts_vocabulary_is_refused():
+    target = tiny_target()
+    decoder = Decoder(target, HeadDrafter(tiny_head(target, size=3), target), Policy(tree=TreeShape.fixed((5, 2))))
+    with pytest.raises(SlipstreamError, match="5 children of one node, the draft knows 3 tokens"):
+        decoder.generate(torch.tensor([[5, 6]]), max_new_tokens=4)
 
 
 def test_processors_see_each_nodes_own_prefix():
@@ -415,7 +517,7 @@ def test_copies_beside_a_head_are_accepted_where_the_text_repeats():
 
 def test_prompt_look_up_copies_what_followed_the_latest_same_ending():
     text = torch.tensor([[1, 2, 3, 4, 5, 9, 2, 3, 6, 7, 8, 2, 3], [1, 2, 4, 8, 0, 0, 0, 0, 0, 0, 0, 0, 0]])
-    tree = NGramDrafter(drafts=3).propose(Round(text, text.numpy(), [13, 4], text, [1, 1], TreeShape()))
+    tree = NGramDrafter().propose(Round(text, text.numpy(), [13, 4], text, [1, 1], TreeShape.chain(3)))
     assert tree.tokens.tolist() == [[3, 6, 7, 8], [8, 0, 0, 0]]
     assert tree.parents.tolist() == [[0, 0, 1, 2]] * 2
     assert NGramDrafter().propose(Round(text[1:], text[1:].numpy(), [4], text, [1], TreeShape())).nodes == 1

@@ -11,6 +11,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedModel
 
 from slipstream.configs.errors import SlipstreamError
 from slipstream.decode.drafters import Drafter, HeadDrafter, ModelDrafter, NGramDrafter, NoDrafter
@@ -40,8 +41,8 @@ __all__ = [
 
 
 def load(
-    target: str | Path | Target,
-    draft: str | Path | DraftHead | Target = "none",
+    target: str | Path | Target | PreTrainedModel,
+    draft: str | Path | DraftHead | Target | PreTrainedModel | Drafter = "none",
     *,
     dtype: torch.dtype | str = torch.bfloat16,
     device: str | torch.device = "cpu",
@@ -50,9 +51,9 @@ def load(
     """A decoder from a target and a draft; the policy comes from the head's `decode.json`.
 
     Args:
-        target: A folder, GGUF file, hub id, `smollm2-135m-instruct`, or a loaded `Target`.
+        target: A folder, GGUF file, hub id, `smollm2-135m-instruct`, a loaded `Target`, or transformers' own model.
         draft: A head's folder or hub id, a loaded `DraftHead`, `ngram` (prompt look-up), a causal LM with the target's
-            tokenizer (a folder or hub id, or loaded as a `Target`), or `none`.
+            tokenizer (a folder or hub id, or loaded), a `Drafter`, or `none`.
         dtype: Of the target and the draft, where they are loaded here.
         device: Likewise.
         compiled: Run single prompts through `torch.compile`d forwards of target and head, on a card as CUDA graphs; each
@@ -61,16 +62,22 @@ def load(
     Raises:
         SlipstreamError: If something is missing, or the draft belongs to another target.
     """
+    if isinstance(target, PreTrainedModel):
+        target = Target(target)
     loaded = target if isinstance(target, Target) else load_target(str(target), dtype=dtype, device=device)
     policy = Policy()
-    drafter: Drafter = NoDrafter()
+    drafter: Drafter
     if isinstance(draft, (str, Path)) and draft not in ("none", "ngram"):
         folder = locate(draft)
         if is_head(folder):
             draft, policy = load_head(folder, dtype=loaded.dtype, device=loaded.device), Policy.load(folder)
         else:
             draft = load_target(str(draft), dtype=loaded.dtype, device=loaded.device)
-    if draft == "ngram":
+    if isinstance(draft, PreTrainedModel) and not isinstance(draft, DraftHead):
+        draft = Target(draft)
+    if draft == "none":
+        drafter = NoDrafter()
+    elif draft == "ngram":
         drafter, policy = NGramDrafter(), Policy(tree=TreeShape.chain(10))
     elif isinstance(draft, Target):
         drafter = ModelDrafter(draft, loaded)
@@ -78,6 +85,10 @@ def load(
         loaded = loaded.reading(draft.layer_ids)
         draft.check_target(loaded)
         drafter = HeadDrafter(draft, loaded)
+    elif isinstance(draft, Drafter):
+        drafter = draft
+    else:
+        raise SlipstreamError(f"draft must be a folder, a hub id, a head or a model, not {type(draft).__name__}")
     if compiled:
         loaded.compile()
     return Decoder(loaded, drafter, policy)
