@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import save_file
+from transformers.activations import ACT2FN
 
 from slipstream.configs.errors import SlipstreamError
 from slipstream.configs.files import folder_atomic
+from slipstream.configs.suggest import near
 from slipstream.distill.draft import DraftConfig, DraftHead
 from slipstream.distill.formats import EMBEDDINGS, FORMATS, LAYER, VARIANTS, outputs_of
 from slipstream.distill.heads import read_provenance, versions
@@ -45,20 +47,22 @@ class Foreign:
     notes: tuple[str, ...]
 
 
-def format_of(config: dict[str, Any]) -> str:
-    """Whose layout a config.json is: `slipstream`, or one of `ENGINES`."""
+def format_of(folder: Path, config: dict[str, Any]) -> str:
+    """Whose layout a folder's config.json is: `slipstream`, or one of `ENGINES`."""
     if config.get("model_type") == DraftConfig.model_type:
         return "slipstream"
     if "speculators_model_type" in config:
         return "speculators"
     stated = config.get("architectures") or []
+    if not isinstance(stated, list) or not all(isinstance(name, str) for name in stated):
+        raise SlipstreamError(f"{folder}/config.json: architectures must be a list of names, not {stated!r}")
     names = ((form.architectures[0], name) for forms in FORMATS.values() for name, form in forms.items())
     return next((name for architecture, name in names if architecture in stated), "eagle")
 
 
-def flatten(config: dict[str, Any]) -> dict[str, Any]:
+def flatten(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
     """A config.json with the keys of `transformer_layer_config`, where speculators nests them, at the top."""
-    return {**config.get("transformer_layer_config", {}), **config}
+    return {**_mapping(folder, config, "transformer_layer_config"), **config}
 
 
 def import_head(folder: Path, out: Path, *, target: str | None = None) -> Foreign:
@@ -88,10 +92,10 @@ def import_head(folder: Path, out: Path, *, target: str | None = None) -> Foreig
 def read_foreign(folder: Path, target: str | None = None) -> Foreign:
     """A head of another project in our names, every tensor and shape checked; arguments and errors as `import_head`."""
     raw = read_json(folder / "config.json")
-    name = format_of(raw)
+    name = format_of(folder, raw)
     if name == "slipstream":
         raise SlipstreamError(f"{folder} is a draft head of slipstream's already")
-    stated = flatten(raw)
+    stated = flatten(folder, raw)
     if name == "speculators" and stated["speculators_model_type"] != "eagle3":
         raise SlipstreamError(f"{folder} holds a {stated['speculators_model_type']!r} speculator; only eagle3 is read")
     if name == "speculators" and "norm_before_residual" not in stated:
@@ -124,6 +128,11 @@ def _config(
 ) -> DraftConfig:
     """Our config from what is stated, else from the shapes, else from the target; what is assumed is noted."""
     sizes = {key: _size(folder, stated, key) for key in ("hidden_size", "num_attention_heads", "vocab_size")}
+    if sizes["hidden_size"] % sizes["num_attention_heads"]:
+        raise SlipstreamError(
+            f"{folder}/config.json: hidden_size {sizes['hidden_size']} is no multiple of num_attention_heads "
+            f"{sizes['num_attention_heads']}"
+        )
     theirs = target_config(target) if target is not None else None
     for key in ("hidden_size", "vocab_size"):
         if theirs is not None and getattr(theirs, key) != sizes[key]:
@@ -140,8 +149,10 @@ def _config(
         for part in ("self_attn.q", "self_attn.k", "mlp.gate")
     }
     head_dim = _size(folder, stated, "head_dim", rows["self_attn.q"] // sizes["num_attention_heads"])
-    verifier = ((stated.get("speculators_config") or {}).get("verifier") or {}).get("name_or_path")
-    bound = target or stated.get("slipstream", {}).get("target") or verifier
+    verifier = _mapping(folder, _mapping(folder, stated, "speculators_config"), "verifier").get("name_or_path")
+    bound = target or _mapping(folder, stated, "slipstream").get("target") or verifier or ""
+    if not isinstance(bound, str):
+        raise SlipstreamError(f"{folder}/config.json: the target's name must be a text, not {bound!r}")
     if not bound:
         notes.append("no target is named: the head will be used with any of its width and vocabulary")
     return DraftConfig(
@@ -158,12 +169,20 @@ def _config(
         draft_vocab_size=_size(folder, stated if kind == "eagle3" else {}, "draft_vocab_size", sizes["vocab_size"]),
         target_hidden_size=sizes["hidden_size"],
         eagle_aux_hidden_state_layer_ids=_layer_ids(folder, stated, kind, theirs and theirs.num_hidden_layers, notes),
-        target_name=bound or "",
+        target_name=bound,
         tie_word_embeddings=False,
         fc_bias="fc.bias" in tensors and bool(tensors["fc.bias"].any()),
         architectures=[DraftHead.__name__],
         dtype=dtype,
     )
+
+
+def _mapping(folder: Path, stated: dict[str, Any], key: str) -> dict[str, Any]:
+    """What is nested under a key; nothing where it is missing or null."""
+    value = stated.get(key)
+    if value is not None and not isinstance(value, dict):
+        raise SlipstreamError(f"{folder}/config.json: {key} must be a mapping, not {value!r}")
+    return value or {}
 
 
 def _size(folder: Path, stated: dict[str, Any], key: str, otherwise: int | None = None) -> int:
@@ -184,16 +203,19 @@ def _stated_or(folder: Path, stated: dict[str, Any], key: str, notes: list[str])
     if stated.get(key) is None:
         notes.append(f"{key} is not stated: {assumed}, which EAGLE, SGLang and vLLM take then")
         return assumed
-    if isinstance(stated[key], str) != isinstance(assumed, str):  # transformers 5.0 takes either
+    kinds = str if isinstance(assumed, str) else (int, float)  # transformers 5.0 takes any
+    if not isinstance(stated[key], kinds):
         raise SlipstreamError(f"{folder}/config.json: {key} must be like {assumed!r}, not {stated[key]!r}")
+    if key == "hidden_act" and stated[key] not in ACT2FN:
+        raise SlipstreamError(f"{folder}/config.json: unknown hidden_act {stated[key]!r}{near(stated[key], ACT2FN)}")
     return stated[key]
 
 
 def _rope(folder: Path, stated: dict[str, Any], notes: list[str]) -> dict[str, Any]:
     """Rope parameters from the spellings of transformers 4 and 5."""
-    rope = dict(stated.get("rope_parameters") or stated.get("rope_scaling") or {})
+    rope = dict(_mapping(folder, stated, "rope_parameters") or _mapping(folder, stated, "rope_scaling"))
     kind = rope.pop("type", "default")
-    theta = rope.get("rope_theta") or _stated_or(folder, stated, "rope_theta", notes)
+    theta = _stated_or(folder, rope if rope.get("rope_theta") else stated, "rope_theta", notes)
     return {"rope_type": kind, **rope, "rope_theta": float(theta)}
 
 
@@ -205,8 +227,8 @@ def _layer_ids(
     Worked example: `eagle_config` says [1, 15, 28], outputs of layers; the states entering [2, 16, 29] are the same.
     """
     entering = stated.get("eagle_aux_hidden_state_layer_ids")
-    nested = (stated.get("eagle_config") or {}).get("eagle_aux_hidden_state_layer_ids")
-    tagged = stated.get("slipstream", {}).get("layer_ids")
+    nested = _mapping(folder, stated, "eagle_config").get("eagle_aux_hidden_state_layer_ids")
+    tagged = _mapping(folder, stated, "slipstream").get("layer_ids")
     for ids, low in ((entering, 0), (tagged, 0), (nested, -1)):
         if ids and not (isinstance(ids, list) and all(isinstance(i, int) and i >= low for i in ids)):
             raise SlipstreamError(f"{folder}/config.json: layer ids must be a list of numbers, not {ids!r}")

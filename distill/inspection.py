@@ -41,7 +41,7 @@ def inspect_head(folder: Path, target: str | None = None) -> Inspection:
     """
     raw = read_json(folder / "config.json")
     tensors = read_tensors(folder)
-    name = format_of(raw)
+    name = format_of(folder, raw)
     if name == "slipstream":
         config = load_head(folder).config
         reasons = {engine: obstacle(config, engine) for engine in ENGINES}
@@ -51,7 +51,7 @@ def inspect_head(folder: Path, target: str | None = None) -> Inspection:
         foreign = read_foreign(folder, target)
     except SlipstreamError as error:
         return Inspection({"format": name}, {"slipstream": f"no: {error}", **dict.fromkeys(ENGINES, "not judged")})
-    found = {engine: _obstacles(engine, foreign.config, flatten(raw), set(tensors)) for engine in ENGINES}
+    found = {engine: _obstacles(engine, foreign.config, flatten(folder, raw), set(tensors)) for engine in ENGINES}
     engines = {engine: f"no: {'; '.join(why)}" if why else "" for engine, why in found.items()}
     facts = _facts(name, foreign.config, tensors) | {f"note {i}": note for i, note in enumerate(foreign.notes, 1)}
     return Inspection(facts, {"slipstream": "after import", **engines})

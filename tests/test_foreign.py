@@ -175,6 +175,20 @@ def test_a_missing_and_an_unexpected_tensor_are_named(tmp_path):
         ({"rope_parameters": {"rope_type": "spiral", "rope_theta": 1e4}}, "lacks or misnames 'spiral'"),
         ({"rope_parameters": None, "rope_scaling": {"type": "linear"}}, "lacks or misnames .*'factor'"),
         ({"eagle_aux_hidden_state_layer_ids": "2"}, "layer ids must be a list of numbers, not '2'"),
+        ({"num_attention_heads": 3}, "hidden_size 32 is no multiple of num_attention_heads 3"),
+        ({"hidden_act": "sillu"}, "config.json: unknown hidden_act 'sillu'; did you mean 'silu'"),
+        ({"rms_norm_eps": [1]}, r"rms_norm_eps must be like 1e-06, not \[1\]"),
+        ({"rope_parameters": [1]}, r"rope_parameters must be a mapping, not \[1\]"),
+        ({"rope_parameters": None, "rope_theta": "abc"}, "rope_theta must be like 10000.0, not 'abc'"),
+        ({"rope_parameters": {"rope_theta": "abc"}}, "rope_theta must be like 10000.0, not 'abc'"),
+        ({"eagle_config": [1]}, r"eagle_config must be a mapping, not \[1\]"),
+        ({"slipstream": "x"}, "slipstream must be a mapping, not 'x'"),
+        ({"slipstream": {"target": 3}}, "the target's name must be a text, not 3"),
+        ({"speculators_config": "x"}, "speculators_config must be a mapping, not 'x'"),
+        ({"speculators_config": {"verifier": 3}}, "verifier must be a mapping, not 3"),
+        ({"transformer_layer_config": 3}, "transformer_layer_config must be a mapping, not 3"),
+        ({"architectures": "LlamaForCausalLM"}, "architectures must be a list of names, not 'LlamaForCausalLM'"),
+        ({"architectures": [3]}, r"architectures must be a list of names, not \[3\]"),
         ({"num_hidden_layers": 2}, "missing tensors"),
         ({"norm_before_fc": True}, r"missing tensors \['input_norm.weight'\]"),
     ],
@@ -184,6 +198,21 @@ def test_a_config_that_claims_what_the_tensors_are_not_is_refused(tmp_path, chan
     rewrite(folder, **changes)
     with pytest.raises(SlipstreamError, match=told):
         import_head(folder, tmp_path / "draft")
+
+
+def test_what_is_null_is_not_stated(tmp_path):
+    _, folder = exported(tmp_path, "eagle")
+    config = json.loads((folder / "config.json").read_text())
+    nulls = (
+        "slipstream",
+        "eagle_config",
+        "speculators_config",
+        "transformer_layer_config",
+        "architectures",
+        "rope_scaling",
+    )
+    (folder / "config.json").write_text(json.dumps({**config, **dict.fromkeys(nulls)}))
+    assert import_head(folder, tmp_path / "draft").config.kind == "eagle3"
 
 
 def test_a_head_for_another_vocabulary_than_the_targets_is_refused(tmp_path, target_folder):
