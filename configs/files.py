@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import glob
 import os
 import shutil
 import tempfile
@@ -17,18 +19,41 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def write_through(path: Path) -> Iterator[BinaryIO]:
-    """Yield a temporary neighbour, synced and renamed to `path` at the end; a kill leaves the old file or the new one."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    """Yield a temporary neighbour, synced and renamed to `path` at the end; a kill leaves the old file or the new one.
+
+    What killed writers of `path` left behind is deleted first; a writer that lives holds a lock on its file.
+    """
+    _sweep(path)
+    handle, name = _locked(path)
     try:
         with os.fdopen(handle, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(name, 0o644)
-        os.replace(name, path)
+            os.chmod(name, 0o644)
+            os.replace(name, path)
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
+
+
+def _locked(path: Path) -> tuple[int, str]:
+    """A new temporary neighbour, open and locked, where the file system has locks."""
+    while True:
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        with contextlib.suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        if os.fstat(handle).st_nlink:  # else it was swept before it was locked
+            return handle, name
+        os.close(handle)
+
+
+def _sweep(path: Path) -> None:
+    """Delete the temporary neighbours that no writer holds."""
+    for torn in path.parent.glob(f".{glob.escape(path.name)}.{'?' * 8}"):
+        with contextlib.suppress(OSError), torn.open("rb") as file:  # held, gone, a folder, or without locks
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            torn.unlink()
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:

@@ -137,8 +137,6 @@ def write_shards(
     with progress("capture", sum(manifest.shards[number].tokens for number in wanted), "tokens") as advance:
         for number in wanted:
             shard = manifest.shards[number]
-            for torn in folder.glob(f".{shard.file}.*"):  # of a process that was killed
-                torn.unlink()
             rows = range(int(ends[number]) - shard.rows, int(ends[number]))
             content = capture_rows(target, tokens, rows, manifest.dtype, batch_tokens)
             write_atomic(folder / shard.file, save(content, {"store": manifest.store_id}))

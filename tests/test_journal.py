@@ -9,12 +9,13 @@ import signal
 import subprocess
 import sys
 from collections import namedtuple
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from slipstream.configs.errors import SlipstreamError
-from slipstream.configs.files import folder_atomic, require_writable, write_atomic
+from slipstream.configs.files import folder_atomic, require_writable, write_atomic, write_through
 from slipstream.data.journal import Journal
 
 if TYPE_CHECKING:
@@ -158,6 +159,26 @@ def test_a_write_that_fails_leaves_the_old_content_and_no_litter(tmp_path, monke
     assert names(tmp_path) == ["file.json"]
     write_atomic(path, b"new")
     assert path.read_text() == "new"
+
+
+def test_what_a_killed_writer_left_is_deleted_and_what_a_living_one_holds_is_not(tmp_path):
+    path = tmp_path / "f[0].json"
+    for name in (".f[0].json.ab_12xyz", ".f[0].json.swp", ".f0.json.ab_12xyz"):
+        (tmp_path / name).write_text("half of it")
+    with write_through(path) as mine:
+        assert len(names(tmp_path)) == 3
+        mine.write(b"mine")
+        write_atomic(path, "another's, in the meantime")
+    assert path.read_text() == "mine"
+    assert names(tmp_path) == [".f0.json.ab_12xyz", ".f[0].json.swp", "f[0].json"]
+
+
+def test_many_may_write_one_file_at_once(tmp_path):
+    path = tmp_path / "file.json"
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda _: write_atomic(path, "x" * 1000), range(1000)))
+    assert names(tmp_path) == ["file.json"]
+    assert path.read_text() == "x" * 1000
 
 
 def test_a_folder_that_fails_in_the_middle_leaves_nothing_or_the_old_one(tmp_path):
