@@ -210,8 +210,16 @@ class DraftHead(PreTrainedModel):
 
     @property
     def layer_ids(self) -> list[int]:
-        """Target layers whose entering states this head reads, low to high."""
-        return list(self.config.eagle_aux_hidden_state_layer_ids or [2, 3, 4])
+        """Target layers whose entering states this head reads, low to high.
+
+        Raises:
+            SlipstreamError: If its config does not say.
+        """
+        if not self.config.eagle_aux_hidden_state_layer_ids:
+            raise SlipstreamError(
+                f"draft head {self.config.name_or_path!r}: config.json must name eagle_aux_hidden_state_layer_ids"
+            )
+        return list(self.config.eagle_aux_hidden_state_layer_ids)
 
     def set_vocabulary(self, token_ids: Tensor) -> None:
         """Set the draft vocabulary: target ids [Vd], ascending. `d2t` holds offsets: target id = i + d2t[i]."""

@@ -178,6 +178,13 @@ def test_a_config_that_claims_another_vocabulary_or_width_is_refused(folder, cha
     assert len(capsys.readouterr().err.splitlines()) == 1
 
 
+@pytest.mark.parametrize("ids", [None, []])
+def test_a_config_without_layer_ids_is_refused(folder, ids):
+    rewrite(folder, eagle_aux_hidden_state_layer_ids=ids)
+    with pytest.raises(SlipstreamError, match=rf"draft head '{folder}': config\.json must name eagle_aux"):
+        load_head(folder)
+
+
 @pytest.mark.parametrize("text", ["", "[1]", '{"a": ', "\udcff"])
 def test_a_config_or_policy_that_is_no_json_object_is_refused(folder, text):
     for name, load in (("decode.json", Policy.load), ("config.json", load_head)):
