@@ -124,11 +124,12 @@ def _token_row(
 
 
 def _require_think(row: Any, think: bool | None, place: str) -> None:
-    """Answers say how they were made; those of other people's data sets say nothing."""
-    if isinstance(row, dict) and row.get("think", think) != think:
+    """Our answers say how they were made; other people's rows say nothing, or something else."""
+    said = row.get("think", think) if isinstance(row, dict) else think
+    if said != think and (said is None or isinstance(said, bool)):
         raise SlipstreamError(
-            f"{place}: this answer was made with think {json.dumps(row['think'])}, but data.think is "
-            f"{json.dumps(think)}; they must be the same"
+            f"{place}: this answer was made with think {json.dumps(said)}, but data.think is {json.dumps(think)}; "
+            "they must be the same"
         )
 
 

@@ -16,6 +16,11 @@ if TYPE_CHECKING:
 _LATER = ("prompts_digest",)  # files begun by earlier versions lack these settings, and are continued
 
 
+def settings_of(path: Path) -> Path:
+    """Where a journal's settings lie."""
+    return path.with_name(path.name + ".settings.json")
+
+
 class Journal:
     """A JSONL file whose rows came in numbered units, each written at once and synced.
 
@@ -29,7 +34,7 @@ class Journal:
     def __init__(self, path: Path, settings: dict[str, Any]) -> None:
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.with_name(path.name + ".settings.json")
+        beside = settings_of(path)
         if path.exists():
             if not beside.exists():
                 raise SlipstreamError(f"{path} exists and was not begun by slipstream; give another --out")

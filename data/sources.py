@@ -13,11 +13,13 @@ from datasets import DatasetBuilder, load_dataset_builder
 from datasets.exceptions import DatasetsError
 
 from slipstream.configs.errors import SlipstreamError
+from slipstream.data.journal import settings_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
 _READERS = {".json": "json", ".jsonl": "text", ".parquet": "parquet", ".arrow": "arrow"}
+_BESIDE = ("dataset_info.json", "dataset_dict.json", "state.json")  # what datasets.save_to_disk writes beside the rows
 _HUB = re.compile(r"([\w.-]+/[\w.-]+)(?::(.+))?")
 _UNREADABLE = (DatasetsError, ValueError, ConnectionError, FileNotFoundError)  # pyarrow's errors are ValueErrors
 
@@ -73,7 +75,7 @@ class Source:
 
 def _parsed(line: str) -> Any:
     try:
-        return json.loads(line)
+        return json.loads(line.removeprefix("\ufeff"))  # some editors begin a file with this mark
     except (ValueError, RecursionError):
         return line
 
@@ -95,13 +97,15 @@ def read(where: str | Path | Sequence[str | Path] | None = None, *, stream: bool
         SlipstreamError: If one of them does not exist, is of another kind, or is empty.
     """
     places = [shipped()] if where is None else [where] if isinstance(where, (str, Path)) else where
+    if not places or not all(str(place).strip() for place in places):
+        raise SlipstreamError("data.conversations names nothing; give files, folders or data sets, or leave it unset")
     return [source for place in places for source in _open(str(place), stream)]
 
 
 def _open(where: str, stream: bool) -> list[Source]:
     path = Path(where).expanduser()
     if path.is_dir():
-        found = sorted(file for file in path.rglob("*") if file.suffix in _READERS and file.is_file())
+        found = sorted(file for file in path.rglob("*") if _holds_rows(file))
         if not found:
             raise SlipstreamError(f"{path} holds no file that ends in one of {', '.join(_READERS)}")
         return [_open_file(file) for file in found]
@@ -113,6 +117,14 @@ def _open(where: str, stream: bool) -> list[Source]:
         return [Source(where, load_dataset_builder(name), split, stream)]
     except _UNREADABLE as error:
         raise SlipstreamError(f"conversations {where!r} are neither here nor a data set: {_told(error)}") from error
+
+
+def _holds_rows(file: Path) -> bool:
+    """Whether a file in a folder is meant to be read; not what keeps books, nor a journal beside its Parquet file."""
+    if file.suffix not in _READERS or file.name in _BESIDE or file.name.endswith(".settings.json"):
+        return False
+    packed = file.with_suffix(".parquet").is_file() and settings_of(file).is_file()
+    return file.is_file() and not (file.suffix == ".jsonl" and packed)
 
 
 def _open_file(file: Path) -> Source:

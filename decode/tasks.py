@@ -96,7 +96,7 @@ def _limited(file: Path, limit: int | None) -> list[tuple[int, Row]]:
 
 def _rows(file: Path) -> Iterator[tuple[int, Row]]:
     try:
-        text = file.read_text(encoding="utf-8")
+        text = file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise SlipstreamError(f"{file} is not UTF-8") from error
     for number, line in enumerate(text.split("\n"), 1):  # not splitlines: a row may hold U+2028

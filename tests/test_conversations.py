@@ -134,6 +134,34 @@ def test_folders_and_lists_are_read_in_order(tmp_path, tiny_tokenizer):
     assert answers([third, tmp_path / "b"], tiny_tokenizer) == [["hello<|im_end|>"], ["Hi<|im_end|>"], ["Yo<|im_end|>"]]
 
 
+def test_a_folder_is_read_without_its_books_and_no_conversation_twice(tmp_path, tiny_tokenizer):
+    Dataset.from_list([TALK]).save_to_disk(tmp_path / "talks" / "saved")
+    for name in ("packed", "lines"):
+        with Journal(tmp_path / "talks" / f"{name}.jsonl", {"seed": 1}) as journal:
+            journal.append(0, [{**TALK, "id": 1}])
+    pack(tmp_path / "talks" / "packed.jsonl", tmp_path / "talks" / "packed.parquet")
+    written(tmp_path / "talks" / "mine.jsonl", TALK)
+    Dataset.from_list([TALK]).to_parquet(tmp_path / "talks" / "mine.parquet")  # nothing says that these are the same
+    names = [source.name.removeprefix(f"{tmp_path}/talks/") for source in read(tmp_path / "talks")]
+    arrow = "saved/data-00000-of-00001.arrow"
+    assert names == ["lines.jsonl", "mine.jsonl", "mine.parquet", "packed.parquet", arrow]
+    assert answers(tmp_path / "talks", tiny_tokenizer) == [["Yo<|im_end|>"]] * 5
+    assert [source.name for source in read(tmp_path / "talks" / "packed.jsonl")] == [
+        str(tmp_path / "talks" / "packed.jsonl")
+    ]
+
+
+@pytest.mark.parametrize("where", ["", " ", [], ["talks.jsonl", ""]])
+def test_no_conversations_at_all_are_refused(where):
+    with pytest.raises(SlipstreamError, match=r"data\.conversations names nothing"):
+        read(where)
+
+
+def test_a_mark_at_the_beginning_of_a_file_costs_no_row(tmp_path, tiny_tokenizer):
+    file = written(tmp_path / "talks.jsonl", "\ufeff" + json.dumps(TALK), TALK)
+    assert answers(file, tiny_tokenizer) == [["Yo<|im_end|>"]] * 2
+
+
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_data_set_of_the_hub_is_read_by_name_and_split(tmp_path, tiny_tokenizer, monkeypatch, stream):
     """A folder of that name stands in for the hub."""
@@ -295,6 +323,12 @@ def test_answers_are_learned_from_as_they_were_made(tmp_path, tiny_tokenizer):
     assert answers(written(tmp_path / "others.jsonl", TALK), tokenizer, think=False) == [["Yo<|im_end|>"]]
     with pytest.raises(SlipstreamError, match="no option enable_thinking"):
         tokens_of(files[True], tiny_tokenizer, think=True)
+
+
+@pytest.mark.parametrize("think", [None, True])
+def test_a_thought_in_a_column_of_that_name_says_nothing_of_how_the_answer_was_made(tmp_path, tiny_tokenizer, think):
+    file = written(tmp_path / "talks.jsonl", {**TALK, "think": "hm"}, {**TALK, "think": ""})
+    assert len(tokens_of(file, with_template(tiny_tokenizer, THINKING), think=think)) == 2
 
 
 def test_packed_conversations_read_back_equal_without_the_journals_column(tmp_path):

@@ -74,6 +74,12 @@ def test_a_row_that_is_nested_too_deeply_is_told_with_its_line(tmp_path):
         read_prompts(file)
 
 
+def test_a_mark_at_the_beginning_of_a_file_costs_no_row(tmp_path):
+    file = tmp_path / "mine.jsonl"
+    file.write_text(json.dumps(TALK), encoding="utf-8-sig")
+    assert read_prompts(file) == [TALK]
+
+
 def test_the_task_of_one_file_is_the_category_and_of_several_the_file(tmp_path):
     mixed = write(tmp_path, TALK, {**TALK, "category": "math"}, {"turns": ["Hi"]}, name="mixed")
     plain = write(tmp_path, GSM8K, GSM8K, name="gsm8k")
