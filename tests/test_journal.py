@@ -120,6 +120,43 @@ def test_a_file_that_is_no_journal_is_an_error_and_stays(tmp_path, content):
     assert names(tmp_path) == ["mine.jsonl"]
 
 
+@pytest.mark.parametrize("content", ["{", "", "[1]"])
+def test_settings_that_cannot_be_read_are_an_error_that_names_them(whole, content):
+    beside = whole.with_name("whole.jsonl.settings.json")
+    beside.write_text(content)
+    with pytest.raises(SlipstreamError, match=f"{beside} is damaged, and {whole} cannot go on; give another --out"):
+        Journal(whole, SETTINGS)
+
+
+@pytest.mark.parametrize("line", ['{"text": "mine"}', "[1]", '{"unit": 3}', '{"unit": [0, "1", 1]}'])
+def test_a_row_of_somebody_elses_is_an_error_with_its_line_and_the_file_stays(whole, line):
+    lines = whole.read_text().split("\n")
+    whole.write_text("\n".join([lines[0], line, *lines[1:]]))
+    before = whole.read_bytes()
+    with pytest.raises(SlipstreamError, match=f"{whole}:2 is no row of slipstream's"):
+        Journal(whole, SETTINGS)
+    assert whole.read_bytes() == before
+
+
+def test_a_file_without_rows_goes_on_with_any_settings(tmp_path):
+    (tmp_path / "whole.jsonl").touch()  # as a kill right at the beginning leaves it
+    for seed in (1, 2):
+        with Journal(tmp_path / "whole.jsonl", {"seed": seed}) as journal:
+            assert journal.rows() == []
+
+
+def test_a_second_writer_is_refused_until_the_first_is_done(tmp_path, whole):
+    lines = whole.read_text().split("\n")
+    whole.write_text("\n".join([*lines[:1], *lines[2:]]))  # is written anew on opening
+    for path in (whole, tmp_path / "new.jsonl"):
+        with Journal(path, SETTINGS) as first:
+            with pytest.raises(SlipstreamError, match=f"{path} is being written by another process"):
+                Journal(path, SETTINGS)
+            first.append(7, [{"text": "e"}])
+        with Journal(path, SETTINGS) as second:
+            assert 7 in second.units
+
+
 def test_a_killed_process_loses_no_unit_it_had_written(tmp_path):
     path = tmp_path / "killed.jsonl"
     code = (
