@@ -13,7 +13,7 @@ from openai.types.chat import ChatCompletion
 from slipstream.configs.errors import SlipstreamError
 from slipstream.configs.progress import console, progress
 from slipstream.data.journal import Journal
-from slipstream.data.regenerate import Conversation, made_of
+from slipstream.data.regenerate import Conversation, made_of, require_drawable
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -54,6 +54,7 @@ def regenerate(
     """
     if parallel < 1:
         raise SlipstreamError(f"--parallel must be at least 1, not {parallel}")
+    require_drawable(temperatures, max_new_tokens)
     settings = {**made_of(model, prompts, temperatures, max_new_tokens, seed, think), "server": True}
     refused: list[str] = []
     with Journal(out, settings) as journal, progress("answers by the server", len(prompts), "rows") as advance:
@@ -81,7 +82,7 @@ def regenerate(
                 advance(note=f"{tokens:,} tokens")
 
         async def work_all() -> None:
-            key = os.environ.get("OPENAI_API_KEY", "none")
+            key = os.environ.get("OPENAI_API_KEY", "").strip() or "none"
             async with AsyncOpenAI(base_url=url, api_key=key, max_retries=_RETRIES) as client:
                 await asyncio.gather(*(work(client) for _ in range(parallel)))
 

@@ -331,7 +331,7 @@ def test_bad_prompts_are_told_with_file_and_line(slipstream, tmp_path, tiny_targ
     file = tmp_path / "prompts.jsonl"
     if content is not None:
         file.write_bytes(content)
-    run = slipstream(command, "--target", tiny_target_folder, "--prompts", file, "--out", tmp_path / "out")
+    run = slipstream(command, "--target", tiny_target_folder, "--prompts", file, "--out", tmp_path / "out.jsonl")
     assert str(file) in run.complaint
     assert message in run.complaint
     assert not (tmp_path / "out").exists()
@@ -367,8 +367,8 @@ def test_evaluate_again_changes_nothing_and_another_run_is_refused(slipstream, t
 
 def test_regenerate_leaves_a_file_that_is_not_its_own_alone(slipstream, tiny_target_folder, prompts):
     before = prompts.read_bytes()
-    command = ("regenerate", "--target", tiny_target_folder, "--prompts", prompts, "--out", prompts)
-    assert str(prompts) in slipstream(*command).complaint
+    command = ("regenerate", "--target", tiny_target_folder, "--prompts", prompts, "--max_new_tokens", 8)
+    assert str(prompts) in slipstream(*command, "--out", prompts).complaint
     assert prompts.read_bytes() == before
 
 
@@ -376,6 +376,33 @@ def test_synthesize_makes_the_folder_it_writes_to(slipstream, tmp_path):
     out = tmp_path / "new" / "prompts.jsonl"
     assert slipstream("synthesize", "--own", 0, "--topics", 20, "--out", out).status == 0
     assert all(json.loads(line)["turns"] for line in out.read_text().splitlines())
+
+
+@pytest.mark.parametrize("command", ["regenerate", "synthesize"])
+def test_where_text_cannot_be_written_nothing_is_made(slipstream, tiny_target_folder, prompts, command):
+    asked = ("--prompts", prompts) if command == "regenerate" else ()
+    out = prompts / "talks.jsonl"
+    said = slipstream(command, "--target", tiny_target_folder, *asked, "--out", out).complaint
+    assert said.startswith(f"cannot write to {prompts}: ")
+    (folder := prompts.with_name("talks.jsonl")).mkdir()
+    said = slipstream(command, "--target", tiny_target_folder, *asked, "--out", folder).complaint
+    assert said == f"--out must be a file, {folder} is a folder"
+
+
+def test_answers_are_written_as_json_lines_or_parquet(slipstream, tiny_target_folder, prompts):
+    command = ("regenerate", "--target", tiny_target_folder, "--prompts", prompts, "--out")
+    before = contents(prompts.parent)
+    for name in ("talks.csv", "talks"):
+        said = slipstream(*command, prompts.with_name(name)).complaint
+        assert said == f"--out must end in .jsonl or .parquet, not {name!r}"
+    assert contents(prompts.parent) == before
+
+
+@pytest.mark.parametrize("option", ["--topics", "--own"])
+def test_synthesize_writes_no_negative_number_of_prompts(slipstream, tmp_path, option):
+    said = slipstream("synthesize", option, -3, "--out", tmp_path / "prompts.jsonl").complaint
+    assert said.startswith("--topics and --own must not be negative, but are ")
+    assert contents(tmp_path) == {}
 
 
 def test_synthesize_takes_no_more_prompts_by_the_target_than_were_asked_for(slipstream, tmp_path, monkeypatch):

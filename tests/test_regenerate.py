@@ -18,6 +18,7 @@ import pytest
 import torch
 from conftest import save_llama
 from test_data import THINKING, assistant, user, with_template
+from tiny import tiny_target
 from transformers import LlamaForCausalLM
 
 from slipstream.cli import main
@@ -25,6 +26,7 @@ from slipstream.configs.errors import SlipstreamError
 from slipstream.data import server as data_server
 from slipstream.data.regenerate import regenerate
 from slipstream.data.server import regenerate as regenerate_by_server
+from slipstream.data.template import encode_prompt
 from slipstream.decode.sampling import sample
 from slipstream.distill.target import load_target
 
@@ -37,6 +39,8 @@ if TYPE_CHECKING:
 PROMPTS = [
     {"question_id": f"q-{i}", "category": "chat", "turns": [f"Hi {i}", "Yo hello", "Hi"][: 1 + i % 3]} for i in range(7)
 ]
+
+DRAWN: dict[str, Any] = {"temperatures": [0.0, 0.7], "max_new_tokens": 9, "seed": 1}
 
 
 def rows_of(path: Path) -> list[dict[str, Any]]:
@@ -169,6 +173,62 @@ def test_other_prompts_of_the_same_number_are_another_run(tmp_path, loaded):
         answered(loaded, out, prompts=others)
 
 
+def test_prompts_that_leave_no_room_for_an_answer_are_left_out_and_named(tmp_path, loaded, capsys):
+    long = {"question_id": "long", "category": "chat", "turns": ["hello " * 40]}
+    rows = answered(loaded, tmp_path / "talks.jsonl", prompts=[PROMPTS[0], long, PROMPTS[3]], context=50)
+    assert [row["id"] for row in rows] == ["q-0", "q-3"]
+    said = capsys.readouterr().err
+    assert "1 of 3 prompts leave no room for 6 tokens (--max_new_tokens) in the context of" in said
+    assert "and are left out, the first: prompt long, " in said
+    with pytest.raises(SlipstreamError, match=r"no prompt leaves room for 99 tokens .* in the context of .*, 50; the"):
+        answered(loaded, tmp_path / "others.jsonl", max_new_tokens=99, context=50)
+    assert not (tmp_path / "others.jsonl").exists()
+
+
+def test_a_conversation_ends_before_a_turn_that_leaves_no_room_for_its_answer(tmp_path, loaded):
+    stops = list(range(len(loaded.chat_tokenizer)))  # every answer is one token
+    prompt = {"question_id": 1, "category": "chat", "turns": ["Hi", "hello " * 40, "Yo"]}
+    short, whole = (
+        answered(loaded, tmp_path / f"{context}.jsonl", prompts=[prompt], stop_ids=stops, context=context)
+        for context in (60, 256)
+    )
+    assert [row["messages"] for row in short] == [whole[0]["messages"][:2]]
+    assert (short[0]["finished"], short[0]["tokens"]) == (True, 1)
+    assert len(whole[0]["messages"]) == 6
+
+
+def test_every_answer_fits_the_context_of_a_target_with_learned_positions(tmp_path, tiny_tokenizer):
+    target = tiny_target("gpt2", vocab_size=len(tiny_tokenizer), max_position_embeddings=32)
+    prompts = [{**PROMPTS[0], "question_id": i, "turns": ["Hi" + " hello" * i]} for i in range(30)]
+    settings = {"stop_ids": [-1], "temperatures": [0.0], "max_new_tokens": 9, "seed": 1, "context": target.context}
+    regenerate("gpt2", partial(sample, target), tiny_tokenizer, prompts, out=tmp_path / "talks.jsonl", **settings)
+    rows = rows_of(tmp_path / "talks.jsonl")
+    lengths = [len(encode_prompt(tiny_tokenizer, row["messages"][:1])) for row in rows]
+    assert max(lengths) + 9 == 32
+    assert {row["tokens"] for row in rows} == {9}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_size": 0}, "--batch_size must be at least 1, not 0"),
+        ({"max_new_tokens": 0}, "--max_new_tokens must be at least 1, not 0"),
+        ({"temperatures": []}, "--temperatures must be numbers from 0 on, at least one"),
+        ({"temperatures": [0.7, -1.0]}, "--temperatures must be numbers from 0 on"),
+        ({"temperatures": [float("nan")]}, "--temperatures must be numbers from 0 on"),
+    ],
+)
+def test_settings_that_draw_nothing_are_refused_before_anything_is_written(tmp_path, loaded, options, message):
+    with pytest.raises(SlipstreamError, match=message):
+        answered(loaded, tmp_path / "talks.jsonl", **options)
+    if "batch_size" not in options:
+        with pytest.raises(SlipstreamError, match=message):
+            regenerate_by_server(
+                "http://nowhere/v1", "tiny", PROMPTS, out=tmp_path / "talks.jsonl", **{**DRAWN, **options}
+            )
+    assert list(tmp_path.iterdir()) == []
+
+
 # --- behind a server ---
 
 
@@ -250,8 +310,7 @@ def stub():
 
 
 def served(stub: Stub, out: Path, prompts: list[dict[str, Any]] = PROMPTS, **options: Any) -> list[dict[str, Any]]:
-    settings = {"temperatures": [0.0, 0.7], "max_new_tokens": 9, "seed": 1, "parallel": 4}
-    regenerate_by_server(stub.url, "tiny", prompts, out=out, **{**settings, **options})
+    regenerate_by_server(stub.url, "tiny", prompts, out=out, **{**DRAWN, "parallel": 4, **options})
     return rows_of(out)
 
 
@@ -295,6 +354,12 @@ def test_thinking_is_asked_for_and_thoughts_are_kept(tmp_path, stub, think):
     assert all(body["chat_template_kwargs"] == {"enable_thinking": think} for body in stub.asked)
     assert rows[0]["messages"] == [user("Hi 0"), {**assistant("Yo"), "reasoning_content": "hm"}]
     assert {row["think"] for row in rows} == {think}
+
+
+@pytest.mark.parametrize("key", ["", " \n"])
+def test_an_empty_key_is_none(tmp_path, stub, monkeypatch, key):
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    assert served(stub, tmp_path / "talks.jsonl") == EXPECTED
 
 
 def test_a_server_is_not_asked_other_prompts_into_the_same_file(tmp_path, stub):

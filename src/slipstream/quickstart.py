@@ -102,6 +102,7 @@ class Quickstart:
             max_new_tokens=320,
             seed=seed,
             think=self.recipe.data.think,
+            context=target.context,
             out=file,
         )
         return str(file)

@@ -7,6 +7,20 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from slipstream.configs.errors import SlipstreamError
+from slipstream.configs.files import require_writable
+
+_DISK_MB = 1
+
+
+def _require_file(out: Path, *suffixes: str) -> None:
+    """Make sure that `out` names a file that can be written."""
+    if suffixes and out.suffix not in suffixes:
+        raise SlipstreamError(f"--out must end in {' or '.join(suffixes)}, not {out.name!r}")
+    if out.is_dir():
+        raise SlipstreamError(f"--out must be a file, {out} is a folder")
+    require_writable(out.parent, _DISK_MB)
+
 
 def synthesize(
     out: Path, target: str = "smollm2-135m-instruct", topics: int = 1000, own: int = 500, seed: int = 1
@@ -26,7 +40,9 @@ def synthesize(
     from slipstream.decode.tasks import read_prompts
     from slipstream.distill.target import load_target
 
-    out.parent.mkdir(parents=True, exist_ok=True)
+    if topics < 0 or own < 0:
+        raise SlipstreamError(f"--topics and --own must not be negative, but are {topics} and {own}")
+    _require_file(out)
     rows = topic_prompts(topics, seed)
     if own:
         loaded = load_target(target)
@@ -67,6 +83,7 @@ def regenerate(
     from slipstream.data.conversations import pack
     from slipstream.decode.tasks import read_prompts
 
+    _require_file(out, ".jsonl", ".parquet")
     journal = out.with_suffix(".jsonl")
     rows = read_prompts(prompts)
     settings: dict[str, Any] = {
@@ -89,7 +106,7 @@ def regenerate(
         from slipstream.distill.target import load_target
 
         loaded = load_target(target, device="cuda" if torch.cuda.is_available() else "cpu")
-        settings |= {"stop_ids": loaded.stop_ids(), "batch_size": batch_size}
+        settings |= {"stop_ids": loaded.stop_ids(), "batch_size": batch_size, "context": loaded.context}
         answer(target, partial(sample, loaded), loaded.chat_tokenizer, rows, **settings)
     if out.suffix == ".parquet":
         pack(journal, out)
