@@ -163,10 +163,10 @@ def render(
         span = _span(tokenizer, messages, i, whole, **options)
         if span is None:
             continue
-        start = max(done, span[0])
-        end = max(start, span[1])
+        start, end = max(done, span[0]), span[1]
         if messages[i].get("tool_calls"):
             end = _called(tokenizer, messages, i, whole, ending, **options) or end
+        end = max(start, end)
         if finished or i < answers[-1]:
             closing = ending.match(whole, end)
             end = closing.end() if closing else end
