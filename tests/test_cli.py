@@ -407,7 +407,7 @@ def test_synthesize_writes_no_negative_number_of_prompts(slipstream, tmp_path, o
 
 def test_synthesize_takes_no_more_prompts_by_the_target_than_were_asked_for(slipstream, tmp_path, monkeypatch):
     out, own = tmp_path / "prompts.jsonl", []
-    monkeypatch.setattr("slipstream.distill.target.load_target", lambda name: SimpleNamespace(chat_tokenizer=None))
+    monkeypatch.setattr("slipstream.distill.target.load_target", lambda name, **_: SimpleNamespace(chat_tokenizer=None))
 
     def own_prompts(*_: object, count: int, out: Path, **__: object) -> None:
         own.extend(
