@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 def layers_of(target: Target) -> nn.ModuleList:
     """The target's layers: its list of modules with the most weights (experts are lists within one)."""
-    lists = [module for module in target.model.base_model.modules() if isinstance(module, nn.ModuleList)]
+    lists = [module for module in target.inner.modules() if isinstance(module, nn.ModuleList)]
     return max(lists, key=lambda layers: sum(p.numel() for p in layers.parameters()))
 
 
@@ -38,7 +38,7 @@ def shard(target: Target, device: torch.device) -> None:
     mesh = torch.distributed.init_device_mesh(device.type, (processes,))
     for layer in layers_of(target):  # goes to the device, and leaves its share there
         fully_shard(layer, mesh=mesh, reshard_after_forward=True)
-    inner = target.model.base_model
+    inner = target.inner
     kind = type(inner)
     # A common root lets one layer be gathered while the one before it runs; it has no shards of its own.
     whole = {parameter for parameter in inner.parameters() if not isinstance(parameter, DTensor)}

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from slipstream.configs.errors import SlipstreamError
@@ -18,12 +18,13 @@ from slipstream.data.template import encode_prompt, thinking
 from slipstream.distill import blocks
 from slipstream.distill.compilation import compile_static
 from slipstream.distill.gguf import EMBEDDED, embedded_gguf, from_gguf
+from slipstream.distill.masks import layer_masks
 from slipstream.distill.packing import Packing, fold_rows, pack
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from transformers import Cache, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import Cache, PreTrainedConfig, PreTrainedTokenizerBase
 
     from slipstream.data.template import Message
 
@@ -140,8 +141,19 @@ class Target:
     @property
     def ends(self) -> list[nn.Module]:
         """What stands before the layers, and behind the last hidden state."""
-        inner = self.model.base_model
-        return [self.embeddings, *(module for module in self.model.children() if module is not inner)]
+        return [self.embeddings, *(module for name, module in self.model.named_children() if name != self._inner)]
+
+    @property
+    def inner(self) -> nn.Module:
+        """What holds the layers."""
+        return self.model.get_submodule(self._inner)
+
+    @property
+    def _inner(self) -> str:
+        """Its name in the model; Llama 4's prefix, for one, is the name of nothing."""
+        children = dict(self.model.named_children())
+        prefix = self.model.base_model_prefix
+        return prefix if prefix in children else next(n for n, m in children.items() if isinstance(m, PreTrainedModel))
 
     @property
     def vocab_size(self) -> int:
@@ -219,7 +231,7 @@ class Target:
             compiled: Run through `torch.compile`, after `compile()`; the cache must hand out whole buffers.
             features: Whether they are wanted, which keeps the states of all layers in memory until the forward ends.
         """
-        mask = None if visible is None else self._mask(visible, position_ids, cache)
+        mask = None if visible is None else layer_masks(self.config, self.dtype, visible, position_ids, cache)
         if compiled:
             return TargetOutput(*self._compiled(input_ids, mask, position_ids, cache, logits_to_keep))
         if cache is None:
@@ -241,10 +253,11 @@ class Target:
         if starts is not None:
             at = torch.arange(input_ids.shape[1], device=input_ids.device)
             positions = at - starts
-            mask = self._mask((at <= at[:, None]) & (at >= starts[:, :, None]), positions, None)
+            own = (at <= at[:, None]) & (at >= starts[:, :, None])
+            mask = layer_masks(self.config, self.dtype, own, positions, None)
             masks = [*mask.values()] if isinstance(mask, dict) else [mask]
         with blocks.used(starts, masks):
-            out = self.model.base_model(
+            out = self.inner(
                 input_ids=input_ids,
                 attention_mask=mask,
                 position_ids=positions,
@@ -256,7 +269,7 @@ class Target:
     @torch.no_grad()
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [R, V] of rows of `Captured.hidden`, [R, Ht], by whatever the model does behind its last layer."""
-        name = self.model.base_model_prefix
+        name = self._inner
         inner = self.model._modules[name]
         self.model._modules[name] = _Given(hidden[None])
         try:
@@ -300,25 +313,6 @@ class Target:
     def _features(self, states: Sequence[Tensor], device: torch.device) -> Tensor:
         """The chosen layers' states side by side; a target that is spread over devices leaves them on several."""
         return torch.cat([states[i].to(device) for i in self.layer_ids], dim=-1)
-
-    def _mask(self, visible: Tensor, position_ids: Tensor | None, cache: Cache | None) -> Tensor | dict[str, Tensor]:
-        """Additive 4D mask in the model's dtype, one per kind of layer where the model has several (sliding window)."""
-        window = getattr(self.config, "sliding_window", None)
-        kinds = set(getattr(self.config, "layer_types", None) or [])
-        full = self._additive(visible)
-        if not window or kinds == {"full_attention"} or not getattr(self.config, "use_sliding_window", True):
-            return full if len(kinds) < 2 else dict.fromkeys(kinds, full)
-        assert position_ids is not None
-        keys = position_ids if cache is None else cache.place(position_ids)  # type: ignore[attr-defined]  # a TreeCache
-        near = position_ids[:, :, None] - keys[:, None, :] < window
-        sliding = self._additive(visible & near)
-        if len(kinds) < 2:
-            return sliding
-        return {kind: sliding if kind == "sliding_attention" else full for kind in kinds}
-
-    def _additive(self, visible: Tensor) -> Tensor:
-        blocked = torch.finfo(self.dtype).min
-        return torch.zeros_like(visible, dtype=self.dtype).masked_fill_(~visible, blocked)[:, None]
 
 
 class _Given(nn.Module):

@@ -49,6 +49,13 @@ ARCHITECTURES: dict[str, dict[str, object]] = {
     },
     "mixtral": {"num_local_experts": 4, "sliding_window": None},
     "olmo2": {},
+    "llama4_text": {
+        "head_dim": 8,
+        "num_local_experts": 2,
+        "intermediate_size_mlp": 48,
+        "attention_chunk_size": 8,
+        "no_rope_layers": [1, 0, 1, 0],
+    },
 }
 
 HEADS: dict[str, dict[str, Any]] = {  # settings of a recipe's `head`

@@ -238,7 +238,7 @@ def forward_flops(target: Target, length: int) -> float:
     config, shape = target.config, DraftConfig.for_target(target, 1)
     tables = {id(p) for p in target.embeddings.parameters()}
     used = 0.0
-    for parameter in target.model.base_model.parameters():
+    for parameter in target.inner.parameters():
         if parameter.ndim == 3:  # experts, one behind the other
             used += parameter.numel() * getattr(config, "num_experts_per_tok", len(parameter)) / len(parameter)
         elif parameter.ndim == 2 and id(parameter) not in tables:
