@@ -20,6 +20,7 @@ from slipstream.distill.compilation import compile_static
 from slipstream.distill.gguf import EMBEDDED, embedded_gguf, from_gguf
 from slipstream.distill.masks import layer_masks
 from slipstream.distill.packing import Packing, fold_rows, pack
+from slipstream.distill.support import context_of, require_row, require_support
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -29,8 +30,6 @@ if TYPE_CHECKING:
     from slipstream.data.template import Message
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-
-_RECURRENT = ("linear_attention", "mamba", "recurrent", "conv", "hybrid")
 
 
 def aux_layer_ids(num_layers: int) -> list[int]:
@@ -92,17 +91,12 @@ class Target:
         layer_ids: Sequence[int] | None = None,
         think: bool | None = None,
     ) -> None:
+        self.name = name or model.config.name_or_path or type(model).__name__
+        require_support(model, self.name)
         self.model = model.eval().requires_grad_(False)
         fold_rows(model.get_output_embeddings())
         self.tokenizer = tokenizer
         self.config = model.config.get_text_config()
-        self.name = name or model.config.name_or_path or type(model).__name__
-        kinds = getattr(self.config, "layer_types", None) or []
-        stateful = [kind for kind in kinds if any(word in kind for word in _RECURRENT)]
-        if stateful:
-            raise SlipstreamError(
-                f"{self.name} has {stateful[0]} layers, whose state cannot be rolled back to verify a tree"
-            )
         self.layer_ids = list(layer_ids) if layer_ids is not None else aux_layer_ids(self.config.num_hidden_layers)
         if max(self.layer_ids) > self.config.num_hidden_layers:
             raise SlipstreamError(
@@ -162,14 +156,14 @@ class Target:
 
     @property
     def context(self) -> int:
-        """Longest sequence the model was made for, tokens."""
-        return int(self.config.max_position_embeddings)
+        """Longest text of which every token is the model's own, tokens: what it was made for, or less."""
+        return context_of(self.config, self.name)
 
     def require_room(self, longest: int) -> None:
         """Make sure that conversations of up to `longest` tokens can be learned from.
 
         Raises:
-            SlipstreamError: If the model was not made for so many.
+            SlipstreamError: If they do not fit into the model's context.
         """
         if longest > self.context:
             raise SlipstreamError(
@@ -251,6 +245,7 @@ class Target:
         """
         mask, positions, masks = None, None, []
         if starts is not None:
+            require_row(self.config, self.name, input_ids.shape[1])
             at = torch.arange(input_ids.shape[1], device=input_ids.device)
             positions = at - starts
             own = (at <= at[:, None]) & (at >= starts[:, :, None])

@@ -6,18 +6,30 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import ARCHITECTURES, VOCAB, greedy, tiny_head, tiny_target
+from tiny import ARCHITECTURES, VOCAB, OracleDrafter, greedy, tiny_head, tiny_target
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import PreTrainedConfig, T5Config, T5ForConditionalGeneration
 
 from slipstream.configs.errors import SlipstreamError
 from slipstream.decode.cache import TreeCache
-from slipstream.decode.drafters import HeadDrafter, NGramDrafter
+from slipstream.decode.drafters import HeadDrafter, NGramDrafter, NoDrafter
 from slipstream.decode.engine import Decoder
 from slipstream.decode.policy import Policy
 from slipstream.decode.tree import TreeShape, make_tree
 from slipstream.distill import blocks
 from slipstream.distill.packing import pack
+from slipstream.distill.support import context_of
 from slipstream.distill.target import Target, aux_layer_ids
+
+GEMMA3N = {
+    "vocab_size_per_layer_input": VOCAB,
+    "hidden_size_per_layer_input": 8,
+    "num_kv_shared_layers": 2,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "activation_sparsity_pattern": [0.0] * 4,
+    "laurel_rank": 4,
+    "altup_num_inputs": 2,
+}
 
 
 def _tree(tokens, parents, levels):
@@ -167,6 +179,57 @@ def test_a_layer_beyond_the_target_is_refused():
     model = tiny_target().model
     with pytest.raises(SlipstreamError, match="layer 9"):
         Target(model, layer_ids=[1, 9])
+
+
+@pytest.mark.parametrize(
+    ("architecture", "overrides", "reason"),
+    [
+        ("rwkv", {}, "rwkv keeps a state from token to token"),
+        ("mamba", {}, "mamba has linear_attention layers, whose state"),
+        ("gpt_neo", {"attention_types": [[["global", "local"], 2]]}, "gpt_neo has local layers"),
+        ("deepseek_v32", {"num_key_value_heads": 4}, "deepseek_v32 has indexed_attention layers"),
+        ("bloom", {}, "bloom counts positions by tokens in the cache"),
+        ("falcon", {"alibi": True}, "falcon counts positions by tokens in the cache"),
+        ("gemma3n_text", GEMMA3N, "gemma3n_text has layers that share keys and values"),
+        ("bart", {"is_encoder_decoder": False}, "bart counts positions by tokens in the cache"),
+    ],
+)
+def test_models_that_cannot_verify_a_tree_are_refused(architecture, overrides, reason):
+    with pytest.raises(SlipstreamError, match=reason):
+        tiny_target(architecture, **overrides)
+
+
+def test_an_encoder_with_a_decoder_is_refused():
+    model = T5ForConditionalGeneration(T5Config(vocab_size=VOCAB, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2))
+    with pytest.raises(SlipstreamError, match="is an encoder and a decoder"):
+        Target(model)
+
+
+def test_the_context_ends_where_keys_would_be_computed_anew():
+    ropes = {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+    ropes["original_max_position_embeddings"] = 32
+    target = tiny_target("phi3", eos_token_id=None, original_max_position_embeddings=32, rope_parameters=ropes)
+    prompt = torch.arange(3, 23)[None]
+    want = greedy(target, prompt, 12)
+    for drafter in (NoDrafter(), HeadDrafter(tiny_head(target), target), OracleDrafter(want)):
+        decoder = Decoder(target, drafter, Policy(tree=TreeShape(4, 3, 12)))
+        assert decoder.generate(prompt, max_new_tokens=60).sequences.tolist() == want.tolist()
+    with pytest.raises(SlipstreamError, match="the context of phi3 is 32"):
+        Decoder(target).generate(torch.arange(3, 36)[None])
+
+
+def test_texts_end_before_queries_are_scaled_by_their_slot():
+    target = tiny_target("llama4_text", max_position_embeddings=100_000)
+    assert target.context == 8191 - 512
+    with pytest.raises(SlipstreamError, match="this row of several texts has 9000"):
+        target.capture(torch.zeros(1, 9000, dtype=torch.long), torch.zeros(1, 9000, dtype=torch.long))
+    long = {"max_position_embeddings": 100_000, "attn_temperature_tuning": False}
+    assert tiny_target("llama4_text", **long).context == 100_000
+
+
+def test_a_config_without_a_context_is_refused():
+    with pytest.raises(SlipstreamError, match="the config of remote has no max_position_embeddings"):
+        context_of(PreTrainedConfig(), "remote")
 
 
 class Products(TorchDispatchMode):

@@ -70,7 +70,7 @@ HEADS: dict[str, dict[str, Any]] = {  # settings of a recipe's `head`
 def tiny_target(architecture: str = "llama", seed: int = 0, **overrides: object) -> Target:
     """A random fp32 target whose greedy text does not end at once."""
     torch.manual_seed(seed)
-    config = CONFIG_MAPPING[architecture](**{**_COMMON, **ARCHITECTURES[architecture], **overrides})
+    config = CONFIG_MAPPING[architecture](**{**_COMMON, **ARCHITECTURES.get(architecture, {}), **overrides})
     return Target(AutoModelForCausalLM.from_config(config, dtype=torch.float32), name=architecture)
 
 
