@@ -227,8 +227,9 @@ def target_costs(target: Target, nodes: int, repeats: int = 3) -> dict[int, floa
     known: dict[int, float] = target.__dict__.setdefault("_costs", {})
     wanted = [1, *(n for n in SIZES if 1 < n < nodes), nodes]
     cache = TreeCache(target.config.num_hidden_layers, 1, target.device, 256 if target.compiled else 0)
-    target.forward(torch.zeros(1, 64, dtype=torch.long, device=target.device), cache=cache, logits_to_keep=1)
-    cache.commit_first([64])
+    behind = max(1, min(64, target.context - nodes))
+    target.forward(torch.zeros(1, behind, dtype=torch.long, device=target.device), cache=cache, logits_to_keep=1)
+    cache.commit_first([behind])
     cache.whole = target.compiled
     for size in wanted:
         if size in known:
@@ -237,7 +238,7 @@ def target_costs(target: Target, nodes: int, repeats: int = 3) -> dict[int, floa
         times = []
         for _ in range(repeats + 1):
             visible = cache.visible(causal(size, 1, ids.device), size)
-            positions = torch.arange(64, 64 + size, device=ids.device)[None]
+            positions = torch.arange(behind, behind + size, device=ids.device).clamp(max=target.context - 1)[None]
             begun = time.perf_counter()
             out = target.forward(ids, position_ids=positions, visible=visible, cache=cache, compiled=target.compiled)
             out.logits.flatten()[0].item()  # waits for a card

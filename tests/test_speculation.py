@@ -25,6 +25,16 @@ def test_greedy_output_stays_that_of_generate(schedule, shape, batch):
         assert out.sequences.tolist() == truth[:, : out.sequences.shape[1]].tolist()
 
 
+@pytest.mark.parametrize("nodes", [12, 60])
+def test_costs_are_measured_within_a_short_context(nodes):
+    """Learned positions end with it; a tree may have more nodes than it has tokens."""
+    target = tiny_target("gpt2", n_positions=48, max_position_embeddings=48)
+    policy = Policy(tree=TreeShape(4, 4, nodes), speculation=Speculation("cost"))
+    prompt = torch.arange(3, 9)[None]
+    out = Decoder(target, HeadDrafter(tiny_head(target), target), policy).generate(prompt, max_new_tokens=12)
+    assert out.sequences.tolist() == greedy(target, prompt, 12).tolist()
+
+
 def _chain(scores):
     """A chain whose drafts have these probabilities."""
     count = len(scores) + 1
