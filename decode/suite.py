@@ -152,8 +152,7 @@ def evaluate(decoders: Mapping[str, Decoder], rows: Sequence[Row], plan: Plan, o
     write_atomic(out / "results.json", json.dumps(results, indent=1))
     for name in (_JOURNAL, f"{_JOURNAL}.settings.json"):
         (out / name).unlink()
-    if plan.trace:
-        shutil.rmtree(out / _PARTS)
+    shutil.rmtree(out / _PARTS, ignore_errors=True)  # a run that was begun otherwise may have left some
     console.print(results_table(results))
     return results
 

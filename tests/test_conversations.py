@@ -273,7 +273,7 @@ def test_more_malformed_rows_than_stated_are_an_error_that_names_the_first(tmp_p
     assert len(tokens_of(file, tiny_tokenizer, malformed=0.2)) == 8
     with pytest.raises(SlipstreamError, match="2 of 10 rows"):
         tokens_of(file, tiny_tokenizer, malformed=0.1)
-    with pytest.raises(SlipstreamError, match="a share of the rows, from 0 to 1, not 5"):
+    with pytest.raises(SlipstreamError, match="must be from 0 to 1, not 5"):
         DataSettings(malformed=5)
 
 

@@ -148,8 +148,9 @@ def test_an_interrupted_run_leaves_the_traces_of_a_whole_one(decoders, prompts, 
             evaluate(decoder, rows, SMALL, tmp_path)
     drafted = [divmod(number, 4) for number in range(finished) if number % 4 > 1]  # two baselines, two rules
     assert {path.name for path in tmp_path.glob("progress.traces/*")} == {f"{n}-{who}.arrow" for n, who in drafted}
-    with pytest.raises(SlipstreamError, match="was made with trace=True, not False"):
-        evaluate(decoder, rows, replace(SMALL, trace=False), tmp_path)
+    if finished >= 4:  # a batch is kept
+        with pytest.raises(SlipstreamError, match="was made with trace=True, not False"):
+            evaluate(decoder, rows, replace(SMALL, trace=False), tmp_path)
     evaluate(decoder, rows, SMALL, tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {path.name for path in whole.iterdir()}
     files = json.loads((tmp_path / "results.json").read_text())["traces"]
