@@ -73,22 +73,14 @@ class Budget:
         return self._loss(point) <= (self.value if self.kind == "regret" else -self.value)
 
     def choose(self, ran: Sequence[Point]) -> Point:
-        """The fastest point that was run and keeps to it; of those that cannot be told from it, the one that accepts most.
-
-        Speeds of a few answers differ by chance. How many tokens a round gives does so less, and where verifying is cheaper
-        than here it is what counts. Nothing is taken that was slower by a twentieth. Of points that accept as many, to a
-        fiftieth, it is the one that loses least: what buys nothing is not spent.
+        """The best point that was run and keeps to it.
 
         Raises:
             SlipstreamError: If there is none; the nearest is named.
         """
         within = [point for point in ran if self.met(point)]
         if within:
-            fastest = max(within, key=lambda point: point.speed)
-            alike = [point for point in within if point.speed >= NEARLY * fastest.speed and not point.slower(fastest)]
-            longest = max(point.tau for point in alike)
-            as_long = [point for point in alike if point.tau >= AS_LONG * longest]
-            return min(as_long, key=lambda point: (0.0 if point.rule.lossless else self._loss(point), -point.tau))
+            return self.best(within)
         relaxed = [point for point in ran if not point.rule.lossless]
         nearest = min(relaxed, key=lambda point: (self._loss(point), -point.speed))
         found = {
@@ -100,6 +92,19 @@ class Budget:
             f"no relaxed policy keeps to {self} here; the nearest has {found[self.kind]}: {nearest.label}. "
             "Give that budget, or --budget strict"
         )
+
+    def best(self, ran: Sequence[Point]) -> Point:
+        """The fastest point that was run, whatever it loses; of those that cannot be told from it, the one that accepts most.
+
+        Speeds of a few answers differ by chance. How many tokens a round gives does so less, and where verifying is cheaper
+        than here it is what counts. Nothing is taken that was slower by a twentieth. Of points that accept as many, to a
+        fiftieth, it is the one that loses least: what buys nothing is not spent.
+        """
+        fastest = max(ran, key=lambda point: point.speed)
+        alike = [point for point in ran if point.speed >= NEARLY * fastest.speed and not point.slower(fastest)]
+        longest = max(point.tau for point in alike)
+        as_long = [point for point in alike if point.tau >= AS_LONG * longest]
+        return min(as_long, key=lambda point: (0.0 if point.rule.lossless else self._loss(point), -point.tau))
 
     def _loss(self, point: Point) -> float:
         """What a relaxed point loses by this kind of budget; less is nearer to exact."""

@@ -122,20 +122,23 @@ def tune(
     ran = [replace(point, predicted=before.speed) for point, before in zip(ran, foreseen, strict=True)]
     fixed = budget.choose(ran)
     compared = {"exact": (ran[0], foreseen[0]), "chosen": (fixed, foreseen[ran.index(fixed)])}
-    # What a trace does not tell is run: copies from the text beside two trees, then the best under schedules.
+    options = (others, max_new_tokens, score)
+    # What a trace does not tell is run: copies from the text beside two trees, then the best under schedules. They may take
+    # the rule beyond the budget: which of its thresholds keeps to it is found out last, on the tree that came out.
     trees = dict.fromkeys([fixed.shape, _longest(points)])
     copied = [replace(fixed, shape=replace(shape, copied=count)) for shape in trees for count in COPIES]
-    ran, again = _further(decoder, ran, [ran[0], fixed], copied, others, max_new_tokens, score)
-    copying = budget.choose(again)
+    ran, again = _further(decoder, ran, [ran[0], fixed], copied, *options)
+    copying = budget.best([point for point in again if point.rule == fixed.rule])
     scheduled = [replace(copying, schedule=name) for name in SCHEDULES if name != "fixed"]
-    ran, again = _further(decoder, ran, [ran[0], copying], scheduled, others, max_new_tokens, score)
-    exact = chosen = budget.choose(again)
-    if not chosen.rule.lossless:  # its thresholds once more, beside what exact decoding gives with that tree
-        near = [replace(chosen, rule=rule) for rule in _neighbours(chosen.rule, rules)]
-        here = replace(chosen, rule=Verifier())
-        ran, again = _further(decoder, ran, [here, chosen], near, others, max_new_tokens, score)
+    ran, again = _further(decoder, ran, [ran[0], copying], scheduled, *options)
+    exact = chosen = budget.best([point for point in again if point.rule == fixed.rule])
+    for tree in {point.label: point for point in (chosen, fixed) if not fixed.rule.lossless}.values():
+        near = [replace(tree, rule=rule) for rule in _neighbours(tree.rule, rules)]
+        ran, again = _further(decoder, ran, [replace(tree, rule=Verifier()), tree], near, *options)
         # A schedule that goes by the clock, or another exact text in bf16, may put all of them outside: what kept to it stays.
-        exact, chosen = again[0], budget.choose(again) if any(map(budget.met, again)) else chosen
+        exact, chosen = again[0], budget.choose(again) if any(map(budget.met, again)) else fixed
+        if chosen in again:
+            break
     speedup, span = interval(exact.records, chosen.records, seed=0)
     measured = {
         "budget": str(budget),

@@ -176,14 +176,14 @@ def test_what_kept_to_the_budget_stays_where_its_last_run_does_not(decoder, monk
     rules, runs = [Verifier("mars", "margin", m) for m in (0.2, 0.5)], []
 
     def run(*given):
-        runs.append([replace(p, regret=0.5 * (len(runs) == 3) * (not p.rule.lossless)) for p in real(*given)])
+        runs.append([replace(p, regret=0.5 * (len(runs) > 2) * (not p.rule.lossless)) for p in real(*given)])
         return runs[-1]
 
     real = tuning._run
     monkeypatch.setattr(tuning, "_run", run)
     limit = Budget("regret", 0.1)
     policy, rows = tune(decoder, PROMPTS, budget=limit, max_new_tokens=8, shapes=FEW[:1], rules=rules)
-    assert len(runs) == 4
+    assert len(runs) in (4, 5)  # the last time also on the tree without copies, where another had come out
     assert policy.measured["chosen"]["mean_regret_nats"] == 0
     assert [row["label"] for row in rows if row["chosen"]] == [policy.measured["chosen"]["label"]]
 
@@ -198,6 +198,31 @@ def test_agreement_is_with_exact_decoding_in_the_same_tree(decoder):
     point = tuning._confirmed(Point(shape, rule, 1.0, 1.0, 0.0, 0.0), ours, other)
     assert point.agreement == kept / 64
     assert 0 < point.agreement < 1
+
+
+def test_copies_that_take_the_rule_beyond_the_budget_lower_its_threshold(decoder, monkeypatch):
+    """In place of the copies, which exact decoding would lose as well."""
+    rules, real = [Verifier("mars", "margin", m) for m in (0.2, 0.5)], tuning._run
+
+    def run(*given):
+        """The larger threshold is faster, copies even more so, and only both together lose anything."""
+        return [
+            replace(
+                p,
+                speed=100 * (1 + (p.rule.theta == 0.5) + 9 * (p.shape.copied > 0)),
+                tau=1.0,
+                regret=0.5 * (p.rule.theta == 0.5 and p.shape.copied > 0),
+            )
+            for p in real(*given)
+        ]
+
+    monkeypatch.setattr(tuning, "_run", run)
+    monkeypatch.setattr(Point, "slower", lambda *_: False)
+    limit = Budget("regret", 0.1)
+    policy, _ = tune(decoder, PROMPTS, budget=limit, max_new_tokens=8, shapes=FEW[:1], rules=rules)
+    assert policy.tree.copied
+    assert policy.relaxed == rules[0]
+    assert policy.measured["exact"]["tree"] == policy.measured["chosen"]["tree"]
 
 
 def test_a_budget_nothing_can_meet_names_the_nearest_point(decoder):
