@@ -88,32 +88,48 @@ class _Clock(Observer):
 
 
 class CostProbe:
-    """Times the rounds of the probes behind prompts, each [1, n]; what it timed before counts on."""
+    """Times the rounds of the probes, exact and relaxed, behind prompts, each [1, n]."""
 
     def __init__(self, decoder: Decoder, prompts: Sequence[Tensor]) -> None:
         self._decoder = decoder
         self._prompts = itertools.cycle(prompts)
+        self._forget()
+
+    def __len__(self) -> int:
+        """Probes."""
+        return len(self._clocks)
+
+    def _forget(self) -> None:
         self._clocks = {(shape, rule): _Clock(shape.depth) for rule in ("exact", "mars") for shape in PROBES}
+        self._turns = itertools.cycle(self._clocks.items())
 
     def measure(self) -> Costs:
-        """Time every probe once more, exactly and relaxed.
-
-        Medians, which a stall of the machine does not move; then all of them are raised by how much longer all rounds
-        together took than their medians say, for stalls there will be.
-        """
+        """Time all probes, one after the other; then forget what was timed."""
         self._run(PROBES[-1], "mars", _WARM)
-        with progress("costs of a round", len(self._clocks), "trees") as advance:
-            for (shape, rule), clock in self._clocks.items():
-                self._run(shape, rule, _TOKENS, clock)
+        with progress("costs of a round", len(self), "trees") as advance:
+            for _ in range(len(self)):
+                self.take(1)
                 advance()
-        return self._costs()
+        costs = self.costs()
+        self._forget()
+        return costs
+
+    def take(self, count: int) -> None:
+        """Time the next few probes, which take turns."""
+        for (shape, rule), clock in itertools.islice(self._turns, count):
+            self._run(shape, rule, _TOKENS, clock)
 
     def _run(self, shape: TreeShape, rule: str, tokens: int, clock: _Clock | None = None) -> None:
         policy = replace(self._decoder.policy, tree=shape, speculation=Speculation())
         variant = Decoder(self._decoder.target, self._decoder.drafter, policy)
         variant.generate(next(self._prompts), max_new_tokens=tokens, verify=rule, eos_token_id=None, observer=clock)
 
-    def _costs(self) -> Costs:
+    def costs(self) -> Costs:
+        """Of what was timed since the last measuring; every probe must have had its turn.
+
+        Medians, which a stall of the machine does not move; then all of them are raised by how much longer all rounds
+        together took than their medians say, for stalls there will be.
+        """
         timed = {key: np.array(clock.seconds) for key, clock in self._clocks.items()}
         typical = {key: np.median(seconds, axis=0) for key, seconds in timed.items()}
         slack = sum(timed[key].sum() for key in timed) / sum(len(timed[key]) * typical[key].sum() for key in timed)

@@ -21,7 +21,7 @@ from slipstream.distill.objectives import forward_kl
 from slipstream.distill.unroll import unroll
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from transformers import PreTrainedTokenizerBase
 
@@ -230,10 +230,11 @@ def compare(
     *,
     max_new_tokens: int,
     label: str,
+    between: Callable[[], None] | None = None,
 ) -> list[list[Record]]:
     """Records of greedy answers by decoder with its rule, and by prompt.
 
-    All answer a prompt before the next one comes, so that drift hits them alike.
+    All answer a prompt before the next one comes, so that drift hits them alike; `between` is called behind each.
     """
     if max_new_tokens < 1:
         raise SlipstreamError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
@@ -245,6 +246,8 @@ def compare(
             for place, (decoder, rule) in zip(records, pairs, strict=True):
                 place.append(answer(decoder, rule, row, max_new_tokens=max_new_tokens))
                 advance()
+            if between is not None:
+                between()
     return records
 
 

@@ -7,8 +7,10 @@ to other contexts, so its acceptance length is an estimate; what is chosen was r
 from __future__ import annotations
 
 import itertools
+import math
 import tempfile
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +35,7 @@ from slipstream.decode.tree import TreeShape
 from slipstream.decode.verify import Verifier
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from slipstream.decode.budget import Budget
     from slipstream.decode.costs import Costs
@@ -67,6 +69,7 @@ COPIES = (3, 5, 8)
 """Copied nodes tried beside the best tree."""
 
 _WIDELY = 16  # trees that all rules are tried on
+_PASSES = 2  # times that every probe is timed between the answers of a run
 _RUNS = 3  # points that are run beside the fastest exact one
 _NEIGHBOURS = 2  # thresholds on either side of the chosen one that are run on its tree
 
@@ -115,9 +118,10 @@ def tune(
         points, length = predict(recorded, probe.measure(), shapes, rules), recorded.mean_tokens()
     best, others = frontier(points), prompts[1::2]
     foreseen = _candidates(points, best, budget)
-    ran = _run(decoder, foreseen, others, max_new_tokens, score)
-    # A machine's speed drifts: runs are held against what rounds timed on either side of them foresee.
-    costs = probe.measure()
+    # A machine's speed drifts: what is run is held against what rounds timed in between foresee.
+    share = math.ceil(_PASSES * len(probe) / len(others))
+    ran = _run(decoder, foreseen, others, max_new_tokens, score, between=partial(probe.take, share))
+    costs = probe.costs()
     foreseen = [replace(p, speed=costs.speed(p.shape, p.rule, p.tau, length)) for p in foreseen]
     ran = [replace(point, predicted=before.speed) for point, before in zip(ran, foreseen, strict=True)]
     fixed = budget.choose(ran)
@@ -166,9 +170,11 @@ def _further(
     max_new_tokens: int,
     score: bool,
 ) -> tuple[list[Point], list[Point]]:
-    """Run points beside an exact one and the best so far: all that ran, each as it last did, and those of this time."""
-    known = {point.label: point.predicted for point in ran}
-    fresh = [replace(point, predicted=known.get(point.label)) for point in dict.fromkeys([*paired, *points])]
+    """Run points beside an exact one and the best so far: all that ran, each as it last did, and those of this time.
+
+    What was foreseen was so for another moment of this machine.
+    """
+    fresh = [replace(point, predicted=None) for point in dict.fromkeys([*paired, *points])]
     again = _run(decoder, fresh, prompts, max_new_tokens, score)
     labels = {point.label for point in again}
     return [again[0], *(point for point in ran if point.label not in labels), *again[1:]], again
@@ -281,12 +287,17 @@ def _candidates(points: Sequence[Point], best: Sequence[Point], budget: Budget) 
 
 
 def _run(
-    decoder: Decoder, points: Sequence[Point], prompts: Sequence[dict[str, Any]], max_new_tokens: int, score: bool
+    decoder: Decoder,
+    points: Sequence[Point],
+    prompts: Sequence[dict[str, Any]],
+    max_new_tokens: int,
+    score: bool,
+    between: Callable[[], None] | None = None,
 ) -> list[Point]:
     """The points as they turn out in real runs; the first is exact."""
     variants = [Decoder(decoder.target, decoder.drafter, point.apply(decoder.policy)) for point in points]
     pairs = [(variant, point.rule) for variant, point in zip(variants, points, strict=True)]
-    records = compare(pairs, prompts, max_new_tokens=max_new_tokens, label="confirm")
+    records = compare(pairs, prompts, max_new_tokens=max_new_tokens, label="confirm", between=between)
     if score:
         score_records(decoder.target, prompts, records)
         if not any(sum(record.scores.values()) for record in records[0]):

@@ -96,7 +96,7 @@ def test_measured_costs_are_those_of_real_rounds(decoder):
     assert all(first > 0 and further >= 0 for first, further in costs.drafting.values())
 
 
-def test_costs_come_from_all_that_was_timed_and_stalls_raise_them_alike(decoder, monkeypatch):
+def test_costs_are_of_what_was_timed_since_and_stalls_raise_them_alike(decoder, monkeypatch):
     """With clocks wound by hand: the second time all takes twice as long, then one round stalls."""
     probe, factor = CostProbe(decoder, [torch.randint(3, 250, (1, 8))]), 1.0
 
@@ -110,14 +110,16 @@ def test_costs_come_from_all_that_was_timed_and_stalls_raise_them_alike(decoder,
     assert (before.prompt, before.relaxing) == (1.0, 1.0)
     assert before.round(TreeShape(4, 3, 14), Verifier()) == pytest.approx(6.0)
     factor = 2.0
-    after = probe.measure()
-    assert after.prompt == 1.5
-    assert after.round(TreeShape(4, 3, 14), Verifier()) == pytest.approx(9.0)
+    probe.take(len(probe) // 2)
+    probe.take(len(probe) - len(probe) // 2)
+    after = probe.costs()
+    assert after.prompt == 2.0
+    assert after.round(TreeShape(4, 3, 14), Verifier()) == pytest.approx(12.0)
     clock = next(iter(probe._clocks.values()))
     clock.seconds.append((0.0, 0.1 * sum(np.sum(clock.seconds) for clock in probe._clocks.values()), 0.0))
-    stalled = probe._costs()
-    assert stalled.round(TreeShape(4, 3, 14), Verifier()) == pytest.approx(1.1 * 9.0, rel=0.01)
-    assert stalled.target[1:] == pytest.approx([1.1 * 3.0] * (len(stalled.target) - 1), rel=0.01)
+    stalled = probe.costs()
+    assert stalled.round(TreeShape(4, 3, 14), Verifier()) == pytest.approx(1.1 * 12.0, rel=0.01)
+    assert stalled.target == pytest.approx([1.1 * 4.0] * len(stalled.target), rel=0.01)
 
 
 def test_no_point_of_the_frontier_is_beaten(trace):
@@ -175,8 +177,8 @@ def test_the_neighbours_of_every_rule_are_the_next_thresholds_of_its_kind():
 def test_what_kept_to_the_budget_stays_where_its_last_run_does_not(decoder, monkeypatch):
     rules, runs = [Verifier("mars", "margin", m) for m in (0.2, 0.5)], []
 
-    def run(*given):
-        runs.append([replace(p, regret=0.5 * (len(runs) > 2) * (not p.rule.lossless)) for p in real(*given)])
+    def run(*given, **options):
+        runs.append([replace(p, regret=0.5 * (len(runs) > 2) * (not p.rule.lossless)) for p in real(*given, **options)])
         return runs[-1]
 
     real = tuning._run
@@ -204,7 +206,7 @@ def test_copies_that_take_the_rule_beyond_the_budget_lower_its_threshold(decoder
     """In place of the copies, which exact decoding would lose as well."""
     rules, real = [Verifier("mars", "margin", m) for m in (0.2, 0.5)], tuning._run
 
-    def run(*given):
+    def run(*given, **options):
         """The larger threshold is faster, copies even more so, and only both together lose anything."""
         return [
             replace(
@@ -213,7 +215,7 @@ def test_copies_that_take_the_rule_beyond_the_budget_lower_its_threshold(decoder
                 tau=1.0,
                 regret=0.5 * (p.rule.theta == 0.5 and p.shape.copied > 0),
             )
-            for p in real(*given)
+            for p in real(*given, **options)
         ]
 
     monkeypatch.setattr(tuning, "_run", run)
