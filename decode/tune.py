@@ -136,13 +136,8 @@ def tune(
     scheduled = [replace(copying, schedule=name) for name in SCHEDULES if name != "fixed"]
     ran, again = _further(decoder, ran, [ran[0], copying], scheduled, *options)
     exact = chosen = budget.best([point for point in again if point.rule == fixed.rule])
-    for tree in {point.label: point for point in (chosen, fixed) if not fixed.rule.lossless}.values():
-        near = [replace(tree, rule=rule) for rule in _neighbours(tree.rule, rules)]
-        ran, again = _further(decoder, ran, [replace(tree, rule=Verifier()), tree], near, *options)
-        # A schedule that goes by the clock, or another exact text in bf16, may put all of them outside: what kept to it stays.
-        exact, chosen = again[0], budget.choose(again) if any(map(budget.met, again)) else fixed
-        if chosen in again:
-            break
+    if not fixed.rule.lossless:
+        ran, exact, chosen = _within(decoder, ran, chosen, fixed, budget, rules, options)
     speedup, span = interval(exact.records, chosen.records, seed=0)
     measured = {
         "budget": str(budget),
@@ -178,6 +173,30 @@ def _further(
     again = _run(decoder, fresh, prompts, max_new_tokens, score)
     labels = {point.label for point in again}
     return [again[0], *(point for point in ran if point.label not in labels), *again[1:]], again
+
+
+def _within(
+    decoder: Decoder,
+    ran: list[Point],
+    best: Point,
+    fixed: Point,
+    budget: Budget,
+    rules: Sequence[Verifier],
+    options: tuple[Sequence[dict[str, Any]], int, bool],
+) -> tuple[list[Point], Point, Point]:
+    """On the best tree, the threshold that keeps to the budget: all that ran, exact decoding there, and what was chosen.
+
+    Where none does, on the tree of a point that did. A schedule that goes by the clock, or another exact text in bf16, may
+    put all of them outside even so; that point stays then.
+    """
+    exact = chosen = fixed
+    for tree in {point.label: point for point in (best, fixed)}.values():
+        near = [replace(tree, rule=rule) for rule in _neighbours(tree.rule, rules)]
+        ran, again = _further(decoder, ran, [replace(tree, rule=Verifier()), tree], near, *options)
+        exact = again[0]
+        if any(map(budget.met, again)):
+            return ran, exact, budget.choose(again)
+    return ran, exact, chosen
 
 
 def _neighbours(rule: Verifier, rules: Sequence[Verifier]) -> list[Verifier]:
