@@ -17,13 +17,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from plots import Part, draw_points
 from scipy.stats import t as student
-from study import digest, first_turns, resamples, run, show, sums, table
+from study import first_turns, resamples, run, show, sums, table
 
 from slipstream.configs.files import write_atomic
 from slipstream.configs.progress import progress
 from slipstream.configs.recipe import DataSettings, DistillSettings, HeadSettings, Recipe, TrainSettings
 from slipstream.data.batches import Batches
 from slipstream.data.conversations import load
+from slipstream.data.journal import digest
 from slipstream.data.vocabulary import draft_vocabulary
 from slipstream.decode.drafters import HeadDrafter
 from slipstream.decode.engine import Decoder

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from plots import Panel, draw_curves
-from study import Study, digest, regret, relaxed, resamples, run, show, sums, table, tau, words
+from study import Study, regret, relaxed, resamples, run, show, sums, table, tau, words
 
+from slipstream.data.journal import digest
 from slipstream.decode.replay import replay
 from slipstream.decode.trace import Trace
 from slipstream.decode.tune import record_exact

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import sys
 from dataclasses import dataclass, replace
@@ -17,6 +15,7 @@ from jsonargparse import auto_cli
 import slipstream
 from slipstream.configs.errors import SlipstreamError
 from slipstream.configs.files import write_atomic
+from slipstream.data.journal import digest
 from slipstream.decode.engine import Decoder
 from slipstream.decode.evaluate import mean_interval
 from slipstream.decode.plan import Contender, Plan, measure
@@ -121,11 +120,6 @@ def show(out: Path, figure: str, *tables: str) -> None:
 def first_turns(prompts: Sequence[Path] | None, limit: int) -> list[Row]:
     """The first rows of each task file, or of the shipped prompts, with their first turns alone."""
     return [{**row, "turns": row["turns"][:1]} for row in read_tasks(prompts or [], limit)]
-
-
-def digest(value: Any) -> str:
-    """A short name for a value, to tell whether it is the same."""
-    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:12]
 
 
 def sums(records: Sequence[Record]) -> np.ndarray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 from typing import TYPE_CHECKING, Any, TextIO
@@ -29,6 +30,11 @@ def _is_unit(value: Any) -> bool:
 def settings_of(path: Path) -> Path:
     """Where a journal's settings lie."""
     return path.with_name(path.name + ".settings.json")
+
+
+def digest(value: Any) -> str:
+    """A short name for a JSON value, by which settings tell whether it is the same."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
 
 
 class Journal:

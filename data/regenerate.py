@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
-import json
 import math
 import random
 from dataclasses import dataclass, field
@@ -12,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from slipstream.configs.errors import SlipstreamError
 from slipstream.configs.progress import console, progress
-from slipstream.data.journal import Journal
+from slipstream.data.journal import Journal, digest
 from slipstream.data.template import encode_prompt, require_generation_prompt, thinking
 
 if TYPE_CHECKING:
@@ -106,7 +104,7 @@ def made_of(
     return {
         "target": target,
         "prompts": len(prompts),
-        "prompts_digest": hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16],
+        "prompts_digest": digest(asked),
         "temperatures": list(temperatures),
         "max_new_tokens": max_new_tokens,
         "seed": seed,

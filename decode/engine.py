@@ -73,7 +73,7 @@ class _Request:
     stops: frozenset[int]
     never_relax: Tensor
     given: Tensor  # the prompts as they came, padding included, [B, n]
-    criteria: StoppingCriteriaList | None
+    criteria: StoppingCriteriaList
     spent: list[Spent]
     observer: Observer | None
 
@@ -205,7 +205,7 @@ class Decoder:
         limit: int,
         config: GenerationConfig,
         processors: LogitsProcessorList,
-        criteria: StoppingCriteriaList | None,
+        criteria: StoppingCriteriaList,
         rule: str | Verifier | None,
         seed: int,
         streamer: BaseStreamer | None,

@@ -171,10 +171,8 @@ def make_processors(
         raise SlipstreamError(f"generation options: {str(error).splitlines()[0]}") from error
 
 
-def make_criteria(
-    target: Target, config: GenerationConfig, extra: StoppingCriteriaList | None
-) -> StoppingCriteriaList | None:
-    """The criteria that end a row beside its length and its stop tokens, `generate`'s own before the caller's; None where none.
+def make_criteria(target: Target, config: GenerationConfig, extra: StoppingCriteriaList | None) -> StoppingCriteriaList:
+    """The criteria that end a row beside its length and its stop tokens, `generate`'s own before the caller's.
 
     Raises:
         SlipstreamError: If stop strings are given for a target without a tokenizer.
@@ -185,7 +183,7 @@ def make_criteria(
     if config.stop_strings is not None:
         criteria.append(StopStringCriteria(target.chat_tokenizer, config.stop_strings))
     criteria.extend(extra or ())
-    return criteria or None
+    return criteria
 
 
 def _of_row(processor: LogitsProcessor, row: int) -> LogitsProcessor:

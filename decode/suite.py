@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
 import shutil
@@ -16,6 +15,7 @@ import torch
 from slipstream.configs.errors import SlipstreamError
 from slipstream.configs.files import write_atomic
 from slipstream.configs.progress import console
+from slipstream.data.journal import digest
 from slipstream.decode.evaluate import BASELINES, by_task, identical_outputs, result_rows
 from slipstream.decode.fidelity import (
     agreement,
@@ -115,15 +115,16 @@ def evaluate(decoders: Mapping[str, Decoder], rows: Sequence[Row], plan: Plan, o
     _check_rules(decoders, plan)
     sandbox = isolation() if plan.score and any("test" in row for row in rows) else None  # or an error, before the work
     said = header(target, ", ".join(decoders), plan.seed)
-    begun = {
+    settings = {
         **{name: said[name] for name in ("target", "device", "dtype", "think")},
         "weights": weights_fingerprint(target),
-        "drafts": {name: _digest([d.policy.to_dict(), prints[name]]) for name, d in decoders.items()},
-        "prompts": _digest([[row["task"], row["turns"]] for row in rows]),
-        **{k: v for k, v in json.loads(json.dumps(asdict(plan))).items() if k != "score"},
+        "drafts": {name: digest([d.policy.to_dict(), prints[name]]) for name, d in decoders.items()},
+        "prompts": digest([[row["task"], row["turns"]] for row in rows]),
+        **json.loads(json.dumps(asdict(plan))),
     }
     if (out / "results.json").is_file():
-        return _finished(out, {**begun, "score": plan.score})
+        return _finished(out, settings)
+    begun = {name: value for name, value in settings.items() if name != "score"}  # answers do not depend on it
     records = measure(contenders, rows, plan, out / _JOURNAL, out / _PARTS, begun)
     groups = [group for groups in records.values() for group in groups]
     measure_likelihood(target, rows, groups)
@@ -133,7 +134,7 @@ def evaluate(decoders: Mapping[str, Decoder], rows: Sequence[Row], plan: Plan, o
     results = {
         **said,
         "plan": asdict(plan),
-        "settings": {**begun, "score": plan.score},
+        "settings": settings,
         "rows": [row for setting in plan.settings for row in _rows(decoders, plan, setting, records[setting])],
         **_policies(decoders),
         **({"sandbox": sandbox.to_dict()} if sandbox else {}),
@@ -324,8 +325,3 @@ def _model(contender: Contender, decoders: Mapping[str, Decoder], plan: Plan, se
     heat = f" T={setting.temperature:g}" if len(plan.temperatures) > 1 else ""
     size = f" batch={setting.batch_size}" if len(plan.batch_sizes) > 1 else ""
     return _name(contender, decoders) + heat + size
-
-
-def _digest(value: Any) -> str:
-    """A short name for a value, to tell whether it is the same."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]

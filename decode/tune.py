@@ -189,14 +189,14 @@ def _within(
     Where none does, on the tree of a point that did. A schedule that goes by the clock, or another exact text in bf16, may
     put all of them outside even so; that point stays then.
     """
-    exact = chosen = fixed
+    exact = fixed
     for tree in {point.label: point for point in (best, fixed)}.values():
         near = [replace(tree, rule=rule) for rule in _neighbours(tree.rule, rules)]
         ran, again = _further(decoder, ran, [replace(tree, rule=Verifier()), tree], near, *options)
         exact = again[0]
         if any(map(budget.met, again)):
             return ran, exact, budget.choose(again)
-    return ran, exact, chosen
+    return ran, exact, fixed
 
 
 def _neighbours(rule: Verifier, rules: Sequence[Verifier]) -> list[Verifier]:

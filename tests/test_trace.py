@@ -252,6 +252,13 @@ def test_a_trace_of_another_head_or_target_is_refused(recorded, decoder, tmp_pat
         Trace.open(mine, Decoder(tiny_target("qwen2"), head))
 
 
+def _write_empty(path, metadata):
+    """An Arrow file of one column and no rows."""
+    schema = pa.schema([("a", pa.int8())], metadata=metadata)
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, schema):
+        pass
+
+
 def test_unreadable_traces_and_mixed_ones_are_named(decoder, prompts, tmp_path):
     path = tmp_path / "trace.arrow"
     with pytest.raises(SlipstreamError, match="does not exist"):
@@ -261,13 +268,10 @@ def test_unreadable_traces_and_mixed_ones_are_named(decoder, prompts, tmp_path):
     path.write_text("no arrow")
     with pytest.raises(SlipstreamError, match="is not a trace, or not a whole one"):
         Trace.open(path)
-    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, pa.schema([("a", pa.int8())])):
-        pass
+    _write_empty(path, None)
     with pytest.raises(SlipstreamError, match="not a trace of slipstream"):
         Trace.open(path)
-    old = pa.schema([("a", pa.int8())], metadata={KEY: b'{"version": 1}'})
-    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, old):
-        pass
+    _write_empty(path, {KEY: b'{"version": 1}'})
     with pytest.raises(SlipstreamError, match="is a trace of format 1, this version reads 3"):
         Trace.open(path)
     with record(tmp_path / "exact.arrow", decoder) as recorder:
@@ -297,10 +301,7 @@ def test_a_damaged_trace_is_named(decoder, prompts, tmp_path):
             told.append(str(error))
     assert told
     assert all(line.startswith(str(path)) for line in told)
-    path.write_bytes(whole)
-    header = pa.schema([("a", pa.int8())], metadata={KEY: b'["version"]'})
-    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, header):
-        pass
+    _write_empty(path, {KEY: b'["version"]'})
     with pytest.raises(SlipstreamError, match="is damaged: its header"):
         Trace.open(path)
 
