@@ -73,16 +73,17 @@ def _contenders(eager: Decoder, compiled: bool, nodes: tuple[int, ...], margins:
         "ours, head, exact, cost-aware": (Decoder(model, drafter, cost), "exact"),
     }
     if compiled:
-        static = Target(model.model, model.tokenizer, name=model.name, layer_ids=model.layer_ids)
-        static.compile()
+        compiling = Target(model.model, model.tokenizer, name=model.name, layer_ids=model.layer_ids)
+        compiling.compile()
         contenders |= {
-            "compiled, no draft": (Decoder(static), "exact"),
-            "compiled, head, exact": (Decoder(static, drafter, policy), "exact"),
-            f"compiled, head, {mars}": (Decoder(static, drafter, policy), "mars"),
+            "compiled, no draft": (Decoder(compiling), "exact"),
+            "compiled, n-gram": (Decoder(compiling, NGramDrafter(), chain), "exact"),
+            "compiled, head, exact": (Decoder(compiling, drafter, policy), "exact"),
+            f"compiled, head, {mars}": (Decoder(compiling, drafter, policy), "mars"),
         }
         for size in nodes:
             larger = replace(policy, tree=TreeShape(4, 4, size))
-            contenders[f"compiled, head, exact, {size} nodes"] = (Decoder(static, drafter, larger), "exact")
+            contenders[f"compiled, head, exact, {size} nodes"] = (Decoder(compiling, drafter, larger), "exact")
     return contenders
 
 
@@ -98,7 +99,8 @@ def _measured(contenders: dict[str, Pair], rows: list[dict[str, Any]], max_new_t
     records: dict[str, list[Record]] = {name: [] for name in contenders}
     with progress("warm up", len(contenders), "contenders") as advance:
         for contender in contenders.values():
-            if contender[0].target.compiled:  # each size of cache has its own graphs
+            how = contender[0].target.compiled
+            if how is not None and how.static:  # each size of cache has its own graphs
                 for row in rows:
                     _answered(contender, row, max_new_tokens)
             else:

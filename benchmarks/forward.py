@@ -34,7 +34,7 @@ def _behind(target: Target, context: int) -> Callable[[int], None]:
 
     def forward(tokens: int) -> None:
         ids = torch.randint(0, target.vocab_size, (1, tokens))
-        visible, positions = cache.visible(causal(tokens, 1, ids.device), tokens), torch.arange(tokens)[None] + context
+        visible, positions = cache.visible(causal(tokens, 1, ids.device)), torch.arange(tokens)[None] + context
         target.forward(ids, position_ids=positions, visible=visible, cache=cache)
         cache.rollback()
 

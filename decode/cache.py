@@ -14,11 +14,13 @@ from slipstream.decode.transfer import to_device
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+    from slipstream.distill.compilation import Compilation
+
 _BLOCK = 256  # buffers grow by this many tokens
 
 
 def fixed_capacity(tokens: int) -> int:
-    """Slots of a cache of fixed size: few sizes occur, since every one has its own compiled graphs."""
+    """Slots of a cache of fixed size: few sizes occur, since every one may have compiled graphs of its own."""
     size = 256
     while size < tokens:
         size *= 2
@@ -32,12 +34,14 @@ class Rows:
         lengths: One per row.
         tensor: The same, [B]; it stays where it is until rows leave.
         even: Whether all are equal.
-        whole: Whether layers hand out their buffers as a whole, so that no shape depends on the lengths.
-        behind: Tokens written behind each row's committed ones where `whole`, [].
+        compiled: How the forwards are that read this, if they are compiled: none may read a length.
+        behind: Tokens written behind each row's committed ones where they are, [].
+        slots: As long as what layers hand out to such forwards; where shapes are static, that is all they have.
     """
 
     def __init__(self, batch: int, device: torch.device) -> None:
-        self.whole = False
+        self.compiled: Compilation | None = None
+        self.slots = torch.empty(0, device=device)
         self.tensor = torch.zeros(batch, dtype=torch.long, device=device)
         self.behind = torch.zeros((), dtype=torch.long, device=device)
         self.set([0] * batch)
@@ -78,10 +82,13 @@ class TreeLayer(CacheLayerMixin):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append [B, heads, Q, d] to every row and return everything up to the longest row's end, as views."""
-        if self.rows.whole:  # nothing below that reads a length: a compiled graph would be bound to it
+        if self.rows.compiled is not None:  # nothing below that reads a length: a compiled graph would be bound to it
             assert self.keys is not None and self.values is not None
             self._scatter(key_states, value_states, self.rows.behind)
-            return self.keys, self.values
+            if self.rows.compiled.static:
+                return self.keys, self.values
+            end = self.rows.slots.shape[0]
+            return self.keys[:, :, :end], self.values[:, :, :end]
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         count = key_states.shape[2]
@@ -142,15 +149,23 @@ class TreeCache(Cache):
         super().__init__(layers=[TreeLayer(self.rows, capacity) for _ in range(num_layers)])
 
     @property
-    def whole(self) -> bool:
-        """Whether every forward sees all slots, empty ones masked: shapes never change. `advance` parts two of a round."""
-        return self.rows.whole
+    def compiled(self) -> Compilation | None:
+        """How the forwards are compiled that take this; they write where the lengths say. `advance` parts two of a round."""
+        return self.rows.compiled
 
-    @whole.setter
-    def whole(self, value: bool) -> None:
-        self.rows.whole = value
-        if value and self.rows.tensor.is_cuda:
+    @compiled.setter
+    def compiled(self, value: Compilation | None) -> None:
+        self.rows.compiled = value
+        if value is not None and self.rows.tensor.is_cuda:
             self.mark_static()
+        if value is not None:
+            for buffer in self._buffers:
+                value.vary(buffer, 2)
+
+    @property
+    def _buffers(self) -> list[Tensor]:
+        """Keys and values of all layers."""
+        return [buffer for layer in self.layers for buffer in (layer.keys, layer.values)]
 
     def mark_static(self) -> None:
         """Promise that what a compiled forward reads and writes here stays where it is.
@@ -158,8 +173,7 @@ class TreeCache(Cache):
         inductor runs a function that writes to its inputs without CUDA graphs unless their addresses are static, as those of
         keys and values are; the lengths are spared a copy.
         """
-        buffers = [buffer for layer in self.layers for buffer in (layer.keys, layer.values)]
-        for tensor in (self.rows.tensor, self.rows.behind, *buffers):
+        for tensor in (self.rows.tensor, self.rows.behind, *self._buffers):
             torch._dynamo.mark_static_address(tensor)
 
     @property
@@ -167,18 +181,26 @@ class TreeCache(Cache):
         """Committed tokens of each row."""
         return self.rows.lengths
 
-    def visible(self, tentative: Tensor, new: int) -> Tensor:
+    def _total(self, tentative: int) -> int:
+        """Slots that a forward sees, which ends with the last of so many tentative tokens."""
+        compiled = self.rows.compiled
+        total = self.layers[0].capacity if compiled and compiled.static else max(self.lengths) + tentative
+        if compiled and len(self.rows.slots) != total:
+            self.rows.slots = self.rows.slots.new_empty(total)
+            compiled.vary(self.rows.slots, 0)
+        return total
+
+    def visible(self, tentative: Tensor) -> Tensor:
         """Which slots each query may see: all committed ones of its row, and the tentative ones it is given.
 
         Args:
             tentative: Bool [B, Q, T], over the tokens behind the committed ones, those of this forward included.
-            new: How many of the T this forward brings.
 
         Returns:
-            Bool [B, Q, K], K reaching to the end of the longest row, or of the buffers where those are seen as a whole.
+            Bool [B, Q, K], K reaching to the end of the longest row, or of the buffers in graphs of static shapes.
         """
         batch, queries, count = tentative.shape
-        total = self.layers[0].capacity if self.whole else self.layers[0].get_seq_length() + new
+        total = self._total(count)
         behind = torch.arange(total, device=tentative.device) - self.rows.tensor[:, None]  # [B, K]
         at = behind.clamp(0, count - 1)[:, None].expand(batch, queries, total)
         inside = ((behind >= 0) & (behind < count))[:, None]
@@ -189,7 +211,7 @@ class TreeCache(Cache):
         self._tentative.append(position_ids)
         tentative = torch.cat(self._tentative, 1)
         count = tentative.shape[1]
-        total = self.layers[0].capacity if self.whole else max(self.lengths) + count
+        total = self._total(count)
         slots = torch.arange(total, device=tentative.device).expand(len(tentative), -1)
         behind = slots - self.rows.tensor[:, None]
         drafted = tentative.gather(1, behind.clamp(0, count - 1))
@@ -213,7 +235,7 @@ class TreeCache(Cache):
 
     def _move(self, path: Sequence[int]) -> None:
         """Close the gaps before the tentative tokens at `path` of the only row, in all layers at once."""
-        buffers = [buffer for layer in self.layers for buffer in (layer.keys, layer.values)]
+        buffers = self._buffers
         for source, target, count in _moves(path, self.lengths[0]):
             into = [buffer[:, :, target : target + count] for buffer in buffers]
             torch._foreach_copy_(into, [buffer[:, :, source : source + count] for buffer in buffers])
@@ -223,7 +245,7 @@ class TreeCache(Cache):
         self.commit([range(n) for n in counts])
 
     def advance(self, count: int) -> None:
-        """Where `whole`: let the next forward write behind the `count` tentative tokens of the last one."""
+        """Where `compiled`: let the next forward write behind the `count` tentative tokens of the last one."""
         self.rows.behind += count
 
     def rollback(self) -> None:
@@ -243,7 +265,7 @@ class TreeCache(Cache):
 
     def clear(self) -> None:
         """Forget everything; the buffers stay where they are."""
-        self.whole = False
+        self.compiled = None
         self.rows.set([0] * len(self.lengths))
         self.rollback()
         for layer in self.layers:

@@ -15,10 +15,10 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 from slipstream.configs.errors import SlipstreamError
 from slipstream.decode.cache import FixedCaches, TreeCache, causal
 from slipstream.decode.draws import uniforms
-from slipstream.decode.speculation import LONGEST, SIZES, bucket
+from slipstream.decode.speculation import LONGEST
 from slipstream.decode.transfer import to_device
 from slipstream.decode.tree import Tree, TreeBuilder, TreeShape, fixed_levels, graft, make_tree, root_only
-from slipstream.distill.compilation import compile_static
+from slipstream.distill.compilation import SIZES, Compilation
 from slipstream.distill.packing import pack
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ class Round:
         enough: Asked after each level, with the log-probabilities of the drafts at the nodes just expanded, [B, Q, Vd];
             whether to stop there.
         filler: A token to fill up copies with that no relaxed rule lets pass: one that ends the text.
-        compiled: Whether drafts are made by compiled forwards, where the drafter has them; in one row only, and in all
+        compiled: How, where drafts are made by compiled forwards and the drafter has them; in one row only, and in all
             rounds of a request or in none.
     """
 
@@ -63,7 +63,7 @@ class Round:
     generators: Sequence[torch.Generator] = ()
     enough: Callable[[Tensor], bool] | None = None
     filler: int = 0
-    compiled: bool = False
+    compiled: Compilation | None = None
 
     @cached_property
     def ends(self) -> Tensor:
@@ -272,11 +272,13 @@ class HeadDrafter(_TreeDrafter):
         self.vocabulary = head.vocabulary()
         self.vocab_size = target.vocab_size
         self._caches = FixedCaches(self.layers, self.vocabulary.device)
+        self._forwards: dict[Compilation, Callable[..., tuple[Tensor, Tensor]]] = {}
         self.begin(1)
 
-    @cached_property
-    def _compiled(self) -> Callable[..., tuple[Tensor, Tensor]]:
-        return compile_static(self._run, self.vocabulary.device)
+    def _compiled(self, how: Compilation) -> Callable[..., tuple[Tensor, Tensor]]:
+        if how not in self._forwards:
+            self._forwards[how] = how.apply(self._run)
+        return self._forwards[how]
 
     def _attend(self, visible: Tensor | None) -> Attend:
         """Attention over the cache; `visible` is bool [B, Q, K], None for causal rows with no cache before them."""
@@ -315,14 +317,20 @@ class HeadDrafter(_TreeDrafter):
     def _forward(
         self, tokens: Tensor, hidden: Tensor, positions: Tensor, visible: Tensor | None, rows: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """`_run`, compiled where shapes are fixed and few."""
-        if not self.cache.whole:
+        """`_run`, compiled where that was asked for and tokens are few."""
+        how = self.cache.compiled
+        if how is None:
             with self.packing.used():
                 return self._run(tokens, hidden, positions, visible, rows)
-        run = self._compiled if positions.shape[1] <= SIZES[-1] else self._run
+        run = self._compiled(how) if positions.shape[1] <= SIZES[-1] else self._run
         # Copied: graphs are bound to strides, and the state of the step before lies where this one may write.
         hidden = hidden.clone(memory_format=torch.contiguous_format)
-        out = run(tokens, hidden, positions, visible, rows)
+        for x in (tokens, hidden, positions, *(() if rows is None else [rows])):
+            how.vary(x, 1)
+        if visible is not None:
+            how.vary(visible, 1, 2)
+        with self.packing.used():
+            out = run(tokens, hidden, positions, visible, rows)
         self.cache.advance(positions.shape[1])
         return out
 
@@ -338,8 +346,8 @@ class HeadDrafter(_TreeDrafter):
         if round.compiled and not any(self.cache.lengths):
             widest = SIZES[-1] + max(shape.nodes, shape.top_k * max(shape.depth, LONGEST))
             self.cache = self._caches.take(round.ids.shape[1] + widest)
-        if self.cache.whole:
-            wanted = bucket(max(features.shape[1], shape.depth + shape.copied + 1))
+        if self.cache.compiled:
+            wanted = self.cache.compiled.size(features.shape[1], shape.depth + shape.copied + 1)
             features = pad(features, (0, 0, 0, wanted - features.shape[1]))
         batch, count = features.shape[:2]
         fresh, new = to_device(round.fresh, device)[:, None], torch.arange(count + later, device=device)
@@ -349,11 +357,11 @@ class HeadDrafter(_TreeDrafter):
         if later or any(self.cache.lengths):
             seen = (new[:, None] >= new).expand(batch, -1, -1)
             real = (new < fresh) | (new >= count)  # rows of features differ in number
-            visible = self.cache.visible(seen & (real[:, None] | (new[:, None] < count)), count + later)
+            visible = self.cache.visible(seen & (real[:, None] | (new[:, None] < count)))
         rows = torch.cat([fresh - 1, new[count:].expand(batch, -1)], 1)
         logits, state = self._forward(tokens, features, positions, visible, rows)
         self.cache.commit_first(round.fresh)
-        self.cache.whole = round.compiled
+        self.cache.compiled = round.compiled
         self._ahead = logits  # [B, 1 + later, Vd]
         return logits[:, 0], state[:, 0]
 
@@ -361,7 +369,7 @@ class HeadDrafter(_TreeDrafter):
         if self.head.config.kind == "parallel":  # the same for every draft of a depth
             return self._ahead[:, depth, None].expand(-1, tokens.shape[1], -1), state
         positions = (round.ends - 2 + depth)[:, None].expand_as(tokens)
-        return self._forward(tokens, state, positions, self.cache.visible(seen, tokens.shape[1]))
+        return self._forward(tokens, state, positions, self.cache.visible(seen))
 
 
 class ModelDrafter(_TreeDrafter):
@@ -403,7 +411,7 @@ class ModelDrafter(_TreeDrafter):
         tokens = round.ids.gather(1, positions.clamp(max=round.ids.shape[1] - 1)).clamp(max=self.model.vocab_size - 1)
         visible = None
         if any(self.cache.lengths):
-            visible = self.cache.visible(causal(len(new), len(tokens), tokens.device), len(new))
+            visible = self.cache.visible(causal(len(new), len(tokens), tokens.device))
         logits = self._logits(tokens, positions, visible)
         self.cache.commit_first(fresh)
         last = to_device(fresh, logits.device)[:, None] - 1
@@ -411,7 +419,7 @@ class ModelDrafter(_TreeDrafter):
 
     def _step(self, tokens: Tensor, state: Tensor, depth: int, round: Round, seen: Tensor) -> tuple[Tensor, Tensor]:
         positions = (round.ends - 1 + depth)[:, None].expand_as(tokens)
-        return self._logits(tokens, positions, self.cache.visible(seen, tokens.shape[1])), state
+        return self._logits(tokens, positions, self.cache.visible(seen)), state
 
 
 def last_tokens(ids: Tensor, lengths: Sequence[int]) -> Tensor:

@@ -23,11 +23,11 @@ from slipstream.decode.processors import (
     make_criteria,
     make_processors,
 )
-from slipstream.decode.speculation import SIZES, bucket
 from slipstream.decode.stats import Stats
 from slipstream.decode.transfer import to_device
 from slipstream.decode.tree import Tree, root_only
 from slipstream.decode.verify import Spent, Token, Verdict, Verifier, verify
+from slipstream.distill.compilation import SIZES, Compilation
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -294,12 +294,12 @@ class Decoder:
             never_relax=request.never_relax,
         )
 
-    def _prefill(self, batch: Batch, whole: bool) -> tuple[TreeCache, Tensor, Tensor]:
+    def _prefill(self, batch: Batch, compiled: Compilation | None) -> tuple[TreeCache, Tensor, Tensor]:
         """Run the prompts: a cache of them, their features [B, n, A*Ht], and the logits at each one's end, [B, 1, V].
 
         Padding stands on the right, where causality alone hides it.
         """
-        if whole:  # trees are padded to these sizes, and schedules may grow them
+        if compiled:  # trees may be padded to these sizes, and schedules may grow them
             cache = self._caches.take(batch.ids.shape[1] + max(SIZES[-1], self.policy.tree.size))
         else:
             cache = TreeCache(self.target.config.num_hidden_layers, len(batch.places), batch.ids.device)
@@ -307,7 +307,7 @@ class Decoder:
         ends = last.unique()
         out = self.target.forward(batch.ids[:, : max(batch.lengths)], cache=cache, logits_to_keep=ends)
         cache.commit_first(batch.lengths)
-        cache.whole = whole
+        cache.compiled = compiled
         rows = torch.arange(len(last), device=last.device)
         return cache, out.features, out.logits[rows, torch.searchsorted(ends, last)][:, None]
 
@@ -318,8 +318,8 @@ class Decoder:
         begun = clock = time.perf_counter()
         target, drafter = self.target, self.drafter
         drafter.begin(len(batch.places))
-        whole = target.compiled and len(batch.places) == 1
-        cache, features, logits = self._prefill(batch, whole)
+        compiled = target.compiled if len(batch.places) == 1 else None
+        cache, features, logits = self._prefill(batch, compiled)
         fresh = list(batch.lengths)
         controller = self.policy.speculation.controller(self.policy.tree, target)
         tree = root_only(last_tokens(batch.ids, batch.lengths))
@@ -354,7 +354,7 @@ class Decoder:
                 tree = root_only(last_tokens(batch.ids, batch.lengths))
             else:
                 left = target.context - max(batch.lengths)
-                shape = shape.within(left if whole or request.temperature else min(left, max(batch.room)))
+                shape = shape.within(left if compiled or request.temperature else min(left, max(batch.room)))
                 tree = drafter.propose(
                     Round(
                         ids=batch.ids,
@@ -367,20 +367,21 @@ class Decoder:
                         generators=[request.generators[place] for place in batch.places],
                         enough=controller.enough,
                         filler=min(request.stops, default=0),
-                        compiled=whole,
+                        compiled=compiled,
                     )
                 )
                 features, fresh = features[:, :0], [0] * len(going)
-                if whole and tree.nodes > 1:
-                    tree = tree.padded(bucket(max(shape.size, tree.nodes)))
+            if compiled:
+                expected = shape.size if shape is not None and tree.nodes > 1 else 0
+                tree = tree.padded(compiled.size(tree.nodes, expected))
             drafted = time.perf_counter()
-            plain = tree.nodes == 1 and cache.rows.even and not whole
+            plain = tree.nodes == 1 and cache.rows.even and not compiled
             out = target.forward(
                 tree.tokens,
                 position_ids=tree.depths + cache.rows.tensor[:, None],
-                visible=None if plain else cache.visible(tree.ancestors, tree.nodes),
+                visible=None if plain else cache.visible(tree.ancestors),
                 cache=cache,
-                compiled=whole,
+                compiled=bool(compiled),
             )
             verified = time.perf_counter()
             stats.count(drafted - clock, verified - drafted, tree.nodes * len(going))

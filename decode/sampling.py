@@ -70,7 +70,7 @@ def sample(
         logits = target.forward(
             token[:, None],
             position_ids=cache.rows.tensor[:, None],
-            visible=None if cache.rows.even else cache.visible(own, 1),
+            visible=None if cache.rows.even else cache.visible(own),
             cache=cache,
             features=False,
         ).logits[:, -1]

@@ -12,6 +12,7 @@ from slipstream.configs.errors import SlipstreamError
 from slipstream.configs.suggest import near
 from slipstream.decode.cache import TreeCache, causal
 from slipstream.decode.tree import TreeShape
+from slipstream.distill.compilation import SIZES
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -24,19 +25,11 @@ if TYPE_CHECKING:
 SCHEDULES = {"fixed": 0.0, "heuristic": 0.0, "confidence": 0.4, "entropy": 0.3, "cost": 0.0}
 """Schedules and the threshold each has by default."""
 
-SIZES = (1, 4, 8, 12, 16, 24, 32, 48, 64)
-"""Nodes of a tree where few different sizes shall occur: in compiled decoding each has a graph of its own."""
-
 LONGEST = 20
 """Drafts in a row, whatever a schedule wants."""
 
 _EXPLORE = 16  # rounds between looks at the whole tree, under `cost`
 _KEEP = 0.9  # weight of the past in exponential averages
-
-
-def bucket(size: int) -> int:
-    """The least of `SIZES` that is not below `size`; beyond them, `size` itself."""
-    return next((n for n in SIZES if n >= size), size)
 
 
 @dataclass(frozen=True)
@@ -226,23 +219,25 @@ def target_costs(target: Target, nodes: int, repeats: int = 3) -> dict[int, floa
     """Seconds a forward of the target takes here, by nodes; measured once per target, the best of a few."""
     known: dict[int, float] = target.__dict__.setdefault("_costs", {})
     wanted = [1, *(n for n in SIZES if 1 < n < nodes), nodes]
-    cache = TreeCache(target.config.num_hidden_layers, 1, target.device, 256 if target.compiled else 0)
+    how = target.compiled
+    cache = TreeCache(target.config.num_hidden_layers, 1, target.device, 256 if how else 0)
     behind = max(1, min(64, target.context - nodes))
     target.forward(torch.zeros(1, behind, dtype=torch.long, device=target.device), cache=cache, logits_to_keep=1)
     cache.commit_first([behind])
-    cache.whole = target.compiled
-    for size in wanted:
-        if size in known:
+    cache.compiled = how
+    for count in wanted:
+        if count in known:
             continue
+        size = how.size(count) if how else count
         ids = torch.zeros(1, size, dtype=torch.long, device=target.device)
         times = []
         for _ in range(repeats + 1):
-            visible = cache.visible(causal(size, 1, ids.device), size)
+            visible = cache.visible(causal(size, 1, ids.device))
             positions = torch.arange(behind, behind + size, device=ids.device).clamp(max=target.context - 1)[None]
             begun = time.perf_counter()
-            out = target.forward(ids, position_ids=positions, visible=visible, cache=cache, compiled=target.compiled)
+            out = target.forward(ids, position_ids=positions, visible=visible, cache=cache, compiled=bool(how))
             out.logits.flatten()[0].item()  # waits for a card
             times.append(time.perf_counter() - begun)
             cache.rollback()
-        known[size] = min(times[1:])
+        known[count] = min(times[1:])
     return {n: known[n] for n in wanted}

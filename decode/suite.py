@@ -56,6 +56,7 @@ _SAMPLES = 3  # prompts whose answers are shown, each of another task
 def header(target: Target, draft: str, seed: int) -> dict[str, Any]:
     """The part of `results.json` that says what was measured, and on what."""
     device = f"cpu ({torch.get_num_threads()} threads)" if target.device.type == "cpu" else str(target.device)
+    device += ", compiled" if target.compiled else ""
     return {
         "target": target.name,
         "draft": draft,

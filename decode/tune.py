@@ -144,6 +144,7 @@ def tune(
         "prompts": len(others),
         "max_new_tokens": max_new_tokens,
         "think": decoder.target.think,
+        "compiled": bool(decoder.target.compiled),
         "exact": exact.to_dict(chosen is exact),
         "chosen": chosen.to_dict(True),
         "chosen_over_exact": {"speedup": round(speedup, 3), "ci95": span},

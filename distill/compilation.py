@@ -1,30 +1,95 @@
-"""Forwards of fixed shapes through `torch.compile`: packed weights on a CPU, CUDA graphs on a card."""
+"""Forwards through `torch.compile`: on a CPU one graph for all sizes, on a card one for each of a few, run as CUDA graphs."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from types import FunctionType, MethodType
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from slipstream.configs.errors import SlipstreamError
+
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from torch import Tensor
+
+SIZES = (1, 4, 8, 12, 16, 24, 32, 48, 64)
+"""Tokens of a static forward: each size has a graph of its own, so that few shall occur."""
 
 _GRAPHS = 64  # of one function: one per size of tree and of cache
 
 
-def compile_static(function: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
-    """`function`, compiled anew for every shape of its inputs, for frozen weights on `device`.
+def bucket(size: int) -> int:
+    """The least of `SIZES` that is not below `size`; beyond them, `size` itself."""
+    return next((n for n in SIZES if n >= size), size)
 
-    On a card it runs as CUDA graphs. A graph writes in place to tensors marked by `TreeCache.mark_static` only, and its
-    outputs lie in memory that the next call of any compiled function takes again: what is needed longer has to be copied.
+
+def require_compiler(device: torch.device) -> None:
+    """Make sure that something can be compiled for a device.
+
+    Raises:
+        SlipstreamError: If nothing can: on a CPU that takes a C++ compiler with Python's headers.
     """
-    # The weights are frozen: guarding each module on every call would cost a tenth of a small forward.
-    options: dict[str, Any] = {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
-    if device.type == "cpu":
-        options["freezing"] = True  # packs them as distill/packing.py does; in inference mode inductor does not
-    elif device.type == "cuda":
+    try:
+        torch.compile(lambda x: x + 1)(torch.ones(2, device=device))
+    except Exception as error:  # whatever goes wrong in a tool chain: no compiler, no headers, no OpenMP
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise SlipstreamError(f"nothing can be compiled for {device} here, decode without: {reason}") from error
+
+
+@dataclass(frozen=True)
+class Compilation:
+    """How forwards of a few tokens over a cache are compiled.
+
+    Attributes:
+        static: Whether every shape has a graph of its own, as CUDA graphs must. Otherwise one graph serves trees and caches
+            of all sizes, and is kept on disk for the next process.
+    """
+
+    static: bool
+
+    @classmethod
+    def on(cls, device: torch.device) -> Compilation:
+        """The way that is the faster one on a device."""
+        return cls(device.type == "cuda")
+
+    def size(self, tokens: int, most: int = 0) -> int:
+        """Tokens to which a forward is filled up, `most` being what is to be expected of the next ones."""
+        # Of a single token torch would make a graph apart.
+        return bucket(max(tokens, most)) if self.static else max(2, tokens)
+
+    def vary(self, x: Tensor, *dims: int) -> None:
+        """Say that these dimensions of an input are other ones in other calls."""
+        if not self.static:
+            torch._dynamo.maybe_mark_dynamic(x, list(dims))
+
+    def apply(self, method: Callable[..., Any]) -> Callable[..., Any]:
+        """A method, compiled for an object whose weights stay as they are.
+
+        As CUDA graphs it writes in place to tensors marked by `TreeCache.mark_static` only, and its outputs lie in memory
+        that the next call of any compiled function takes again: what is needed longer has to be copied.
+        """
+        # Guarding each module on every call would cost a tenth of a small forward.
+        options: dict[str, Any] = {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
+        function = _apart(method)
+        if not self.static:
+            from slipstream.distill.joining import JoinSiblings  # inductor imports slowly
+
+            return torch.compile(function, options={**options, "post_grad_custom_pre_pass": JoinSiblings()})
         options["triton.cudagraphs"] = True
-    # Beyond the limit, 8 by default, torch would go on without compiling and say so in a log only.
-    limit = torch._dynamo.config.recompile_limit
-    torch._dynamo.config.recompile_limit = max(limit, _GRAPHS)
-    return torch.compile(function, dynamic=False, options=options)
+        # Beyond the limit, 8 by default, torch would go on without compiling and say so in a log only.
+        limit = torch._dynamo.config.recompile_limit
+        torch._dynamo.config.recompile_limit = max(limit, _GRAPHS)
+        return torch.compile(function, dynamic=False, options=options)
+
+
+def _apart(method: Callable[..., Any]) -> MethodType:
+    """The same with code of its own: torch keeps graphs by code, and without guards gives one model's to another."""
+    assert isinstance(method, MethodType)
+    inner = method.__func__
+    own = FunctionType(
+        inner.__code__.replace(), inner.__globals__, inner.__name__, inner.__defaults__, inner.__closure__
+    )
+    return MethodType(own, method.__self__)

@@ -6,6 +6,7 @@ is a third of the time of a forward over a few tokens (benchmarks/forward.py).
 
 from __future__ import annotations
 
+import weakref
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -17,6 +18,46 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 _ROWS = 8  # tokens the layout is chosen for; it serves one as well as hundreds
+
+# What torch.compile sees of a packed layer: its plain weight, which leads to the packed one. That has no strides of which a
+# graph could speak, and a graph that held it could not be kept on disk.
+_OPERATORS = torch.library.Library("slipstream", "FRAGMENT")
+_OPERATORS.define("packed_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
+_OPERATORS.define("packed_linears(Tensor x, Tensor[] weights) -> Tensor")
+_PACKED: dict[int, Tensor] = {}  # by the address of the plain weight
+_JOINED: dict[tuple[int, ...], Tensor] = {}  # of several layers, by the addresses of all
+
+
+def _packed_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, _PACKED[weight.data_ptr()], bias, "none", [], "")
+
+
+def _like_packed_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+def _packed_linears(x: Tensor, weights: list[Tensor]) -> Tensor:
+    key = tuple(weight.data_ptr() for weight in weights)
+    if key not in _JOINED:
+        _JOINED[key] = torch.ops.mkldnn._reorder_linear_weight(torch.cat(weights), _ROWS)
+    return torch.ops.mkldnn._linear_pointwise(x, _JOINED[key], None, "none", [], "")
+
+
+def like_packed_linears(x: Tensor, weights: list[Tensor]) -> Tensor:
+    """The shape of what several packed layers make of x."""
+    return x.new_empty(*x.shape[:-1], sum(weight.shape[0] for weight in weights))
+
+
+def _forget(address: int) -> None:
+    _PACKED.pop(address, None)
+    for key in [key for key in _JOINED if address in key]:
+        del _JOINED[key]
+
+
+_OPERATORS.impl("packed_linear", _packed_linear, "CPU")
+_OPERATORS.impl("packed_linear", _like_packed_linear, "Meta")
+_OPERATORS.impl("packed_linears", _packed_linears, "CPU")
+_OPERATORS.impl("packed_linears", like_packed_linears, "Meta")
 
 
 @dataclass
@@ -44,6 +85,8 @@ class _PackedLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         if not self.packing.on or x.dtype != torch.bfloat16:
             return super().forward(x)
+        if torch.compiler.is_compiling():
+            return torch.ops.slipstream.packed_linear(x, self.weight, self.bias)
         return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
 
 
@@ -61,6 +104,9 @@ def pack(model: nn.Module) -> Packing:
             packed = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), _ROWS)
             layer.__class__ = _PackedLinear
             layer.__dict__.update(packing=packing, packed=packed)  # no parameter and no buffer: never saved or moved
+            address = layer.weight.data_ptr()
+            _PACKED[address] = packed
+            weakref.finalize(layer, _forget, address)
     return packing
 
 

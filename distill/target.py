@@ -16,7 +16,7 @@ from slipstream.configs.errors import SlipstreamError
 from slipstream.configs.suggest import near
 from slipstream.data.template import encode_prompt, thinking
 from slipstream.distill import blocks
-from slipstream.distill.compilation import compile_static
+from slipstream.distill.compilation import Compilation
 from slipstream.distill.gguf import EMBEDDED, embedded_gguf, from_gguf
 from slipstream.distill.masks import layer_masks
 from slipstream.distill.packing import Packing, fold_rows, pack
@@ -76,10 +76,10 @@ class Target:
         name: What the user called it.
         layer_ids: Layers whose entering states are the features.
         think: Whether the chat template is told that answers think; None tells it nothing.
-        compiled: Whether forwards over a cache of fixed size run through `torch.compile`.
+        compiled: How forwards over a cache run through `torch.compile`; None where they do not.
     """
 
-    compiled = False
+    compiled: Compilation | None = None
     _packing: Packing | None = None
 
     def __init__(
@@ -222,16 +222,22 @@ class Target:
             visible: Bool [B, Q, K], which of the K cached and new tokens each query may see; None is plain causal.
             cache: Keys and values so far; None computes without one.
             logits_to_keep: As in transformers: the last n, or the indices [kept] whose logits are wanted.
-            compiled: Run through `torch.compile`, after `compile()`; the cache must hand out whole buffers.
+            compiled: Run through `torch.compile`, after `compile()`; the cache must have been told how.
             features: Whether they are wanted, which keeps the states of all layers in memory until the forward ends.
         """
         mask = None if visible is None else layer_masks(self.config, self.dtype, visible, position_ids, cache)
-        if compiled:
-            return TargetOutput(*self._compiled(input_ids, mask, position_ids, cache, logits_to_keep))
         if cache is None:
             with blocks.used():
                 return TargetOutput(*self._run(input_ids, mask, position_ids, cache, logits_to_keep, features))
         self._packing = self._packing or pack(self.model)
+        if compiled:
+            assert self.compiled is not None and position_ids is not None and mask is not None
+            for ids in (input_ids, position_ids):
+                self.compiled.vary(ids, 1)
+            for kind in mask.values() if isinstance(mask, dict) else [mask]:
+                self.compiled.vary(kind, 2, 3)
+            with self._packing.used():
+                return TargetOutput(*self._compiled(input_ids, mask, position_ids, cache, logits_to_keep))
         with blocks.used(), self._packing.used():
             return TargetOutput(*self._run(input_ids, mask, position_ids, cache, logits_to_keep, features))
 
@@ -273,14 +279,18 @@ class Target:
         finally:
             self.model._modules[name] = inner
 
-    def compile(self) -> None:
-        """Let forwards over a cache of fixed size run through `torch.compile`: one graph per number of tokens.
+    def compile(self, static: bool | None = None) -> None:
+        """Let forwards of a tree run through `torch.compile`.
 
-        Each takes some 40 seconds on two cores the first time; inductor keeps the result on disk. Needs a C++ compiler on
-        a CPU. What such a forward returns is good until the next one.
+        On a CPU that takes a C++ compiler, and, for SmolLM2 on two cores, a minute at the first forward; what it makes is
+        kept on disk, and read again in a fifth of that.
+
+        Args:
+            static: Whether every shape has a graph of its own; None where that is the faster way, on a card. What such a
+                forward returns is good until the next one.
         """
-        self._compiled = compile_static(self._run, self.device)
-        self.compiled = True
+        self.compiled = Compilation.on(self.device) if static is None else Compilation(static)
+        self._compiled = self.compiled.apply(self._run)
 
     def _run(
         self,

@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from tiny import HEADS, VOCAB, greedy, tiny_head, tiny_target
+from tiny import ARCHITECTURES, HEADS, VOCAB, greedy, tiny_head, tiny_target
 from torch._dynamo.backends.common import aot_autograd
 from torch._guards import TracingContext
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -16,10 +16,10 @@ from slipstream.decode.cache import TreeCache, causal
 from slipstream.decode.drafters import HeadDrafter, NGramDrafter
 from slipstream.decode.engine import Decoder, Generation
 from slipstream.decode.policy import Policy
-from slipstream.decode.speculation import SIZES, Speculation
+from slipstream.decode.speculation import Speculation
 from slipstream.decode.tree import TreeShape
 from slipstream.decode.verify import Verifier
-from slipstream.distill.compilation import compile_static
+from slipstream.distill.compilation import SIZES, Compilation
 from slipstream.distill.target import Target
 
 TREES = {  # of sizes that need no filling, unless nothing is copied: a token that fills up may be accepted
@@ -28,6 +28,7 @@ TREES = {  # of sizes that need no filling, unless nothing is copied: a token th
     "fixed": TreeShape.fixed((1, 3, 1)),
     "with copies": TreeShape(2, 2, 5, copied=3),
 }
+QUICK = {"gemma3_text", "gpt2", "llama4_text", "qwen2_moe"}  # of the architectures: windows, chunks, Conv1D, experts
 ANYTHING = Verifier("mars", "margin", 1e9, rank=VOCAB)  # the deepest path passes, so that fresh tokens vary in number
 
 
@@ -59,11 +60,15 @@ def traced(monkeypatch):
     """`torch.compile` with a backend that leaves the graphs, which are kept here, to torch."""
     graphs, real = [], torch.compile
 
-    def keep(graph, inputs):
+    def keep(graph, inputs, **given):
         graphs.append(graph)
         return graph.forward
 
-    monkeypatch.setattr(torch, "compile", lambda function, **given: real(function, dynamic=False, backend=keep))
+    def compile(function, *, options, dynamic=None):
+        kept = {"guard_filter_fn": options["guard_filter_fn"]}
+        return real(function, dynamic=dynamic, backend=keep, options=kept)
+
+    monkeypatch.setattr(torch, "compile", compile)
     torch._dynamo.reset()
     return graphs
 
@@ -91,7 +96,7 @@ def test_static_shapes_change_no_token(shapes, kind, tree):
     target, drafter = headed(kind)
     decoder = Decoder(target, drafter, Policy(tree=TREES[tree]))
     eager = {rule: decoder.generate(prompt(), max_new_tokens=30, verify=rule) for rule in ("exact", ANYTHING)}
-    target.compile()
+    target.compile(static=True)
     static = {rule: decoder.generate(prompt(), max_new_tokens=30, verify=rule) for rule in eager}
     assert static["exact"].sequences.tolist() == greedy(target, prompt(), 30).tolist()
     if not TREES[tree].copied:
@@ -106,7 +111,7 @@ def test_static_shapes_change_no_token(shapes, kind, tree):
 def test_schedules_keep_to_few_shapes(shapes, schedule):
     target, drafter = headed()
     policy = Policy(tree=TreeShape(3, 3, 12), speculation=Speculation(schedule))
-    target.compile()
+    target.compile(static=True)
     out = Decoder(target, drafter, policy).generate(prompt(), max_new_tokens=60)
     assert out.sequences.tolist() == greedy(target, prompt(), 60).tolist()
     # Which of the sizes occur is up to the clock under `cost`; others never do, and steps are as wide as the tree.
@@ -118,7 +123,7 @@ def test_schedules_keep_to_few_shapes(shapes, schedule):
 
 def test_a_request_after_another_uses_the_same_buffers(shapes):
     target, drafter = headed()
-    target.compile()
+    target.compile(static=True)
     decoder = Decoder(target, drafter, Policy(tree=TREES["eagle-2"]))
     first = decoder.generate(prompt(), max_new_tokens=30).sequences.tolist()
     buffers = [*decoder._caches._caches.values(), *drafter._caches._caches.values()]
@@ -144,13 +149,13 @@ def test_a_draft_that_slept_takes_in_what_it_missed(shapes):
 
     decoder = Decoder(target, drafter, Policy(tree=shape, speculation=Sleepy()))
     eager = decoder.generate(prompt(), max_new_tokens=74)
-    target.compile()
+    target.compile(static=True)
     assert tagged(decoder.generate(prompt(), max_new_tokens=74)) == tagged(eager)
 
 
 def test_graphs_are_kept_for_the_next_requests(traced):
     target, drafter = headed()
-    target.compile()
+    target.compile(static=True)
     decoder = Decoder(target, drafter, Policy(tree=TREES["eagle-2"]))
     out = decoder.generate(prompt(), max_new_tokens=30)
     assert out.sequences.tolist() == greedy(target, prompt(), 30).tolist()
@@ -158,6 +163,52 @@ def test_graphs_are_kept_for_the_next_requests(traced):
     out = decoder.generate(prompt(17), max_new_tokens=40, verify=ANYTHING)
     assert len(out.rows[0]) == 40
     assert len(traced) == 3
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_one_graph_serves_trees_and_texts_of_all_sizes(traced, kind):
+    target, drafter = headed(kind)
+    target.compile(static=False)
+    for number, tree in enumerate((TREES["eagle-2"], TREES["with copies"], TreeShape(4, 2, 6), TreeShape(1, 5, 6))):
+        for tokens in (3, 30, 100):
+            decoder = Decoder(target, drafter, Policy(tree=tree))
+            for rule in ("exact", ANYTHING):
+                out = decoder.generate(prompt(tokens), max_new_tokens=20, verify=rule).sequences.tolist()
+                if rule == "exact":
+                    assert out == greedy(target, prompt(tokens), 20).tolist()
+        # With target features and without; a parallel head's levels beyond the first are none, one or many.
+        assert len(traced) <= 1 + (3 if HEADS[kind].get("kind") == "parallel" else 2), number
+    graphs = len(traced)
+    for drafter in (NGramDrafter(), None):
+        out = Decoder(target, drafter, Policy(tree=TreeShape.chain(5))).generate(prompt(), max_new_tokens=30)
+        assert out.sequences.tolist() == greedy(target, prompt(), 30).tolist()
+    assert len(traced) == graphs
+
+
+def test_models_of_the_same_sizes_have_graphs_of_their_own(traced):
+    decoders = []
+    for seed, architecture in enumerate(("llama", "llama", "olmo2")):
+        target = tiny_target(architecture, seed)
+        target.compile(static=False)
+        head = HeadDrafter(tiny_head(target, seed=seed), target)
+        decoders.append(Decoder(target, head, Policy(tree=TREES["eagle-2"])))
+    for decoder in [*decoders, *decoders]:
+        out = decoder.generate(prompt(), max_new_tokens=20).sequences.tolist()
+        assert out == greedy(decoder.target, prompt(), 20).tolist()
+
+
+@pytest.mark.parametrize(
+    "architecture",
+    [pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow]) for name in ARCHITECTURES],
+)
+def test_one_graph_serves_other_architectures(traced, architecture):
+    target = tiny_target(architecture)
+    drafter = HeadDrafter(tiny_head(target), target)
+    target.compile(static=False)
+    for tokens in (5, 30):
+        decoder = Decoder(target, drafter, Policy(tree=TreeShape(3, 3, 8)))
+        out = decoder.generate(prompt(tokens), max_new_tokens=30).sequences.tolist()
+        assert out == greedy(target, prompt(tokens), 30).tolist()
 
 
 def test_what_a_graph_writes_to_stays_where_it_is(monkeypatch):
@@ -174,13 +225,13 @@ def test_what_a_graph_writes_to_stays_where_it_is(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda function, **given: real(function, dynamic=False, backend=backend))
     torch._dynamo.reset()
     target, _ = headed()
-    target.compile()
+    target.compile(static=True)
     cache = TreeCache(3, 1, "cpu", 256)
     target.forward(prompt(), cache=cache)
     cache.commit_first([9])
-    cache.whole = True
+    cache.compiled = target.compiled
     cache.mark_static()
-    visible = cache.visible(causal(4, 1, torch.device("cpu")), 4)
+    visible = cache.visible(causal(4, 1, torch.device("cpu")))
     positions = torch.arange(9, 13)[None]
     target.forward(prompt(4), position_ids=positions, visible=visible, cache=cache, compiled=True)
     ((written, static),) = found
@@ -189,7 +240,11 @@ def test_what_a_graph_writes_to_stays_where_it_is(monkeypatch):
 
 
 def test_every_shape_is_compiled_however_many_there_are(traced):
-    double = compile_static(lambda x: x + x, torch.device("cpu"))
+    class Double:
+        def run(self, x):
+            return x + x
+
+    double = Compilation(static=True).apply(Double().run)
     for size in range(2, 14):
         assert double(torch.ones(size)).sum() == 2 * size
     assert len(traced) == 12
@@ -218,7 +273,7 @@ class Reads(TorchDispatchMode):
 def test_a_round_waits_once_for_the_card(shapes, monkeypatch, kind, tree, verify, compiled):
     target, drafter = (tiny_target(), NGramDrafter()) if kind == "n-gram" else headed(kind)
     if compiled:
-        target.compile()
+        target.compile(static=True)
     decoder = Decoder(target, drafter, Policy(tree=tree))
     reads, counts, lists, make = Reads(), [], torch.Tensor.tolist, torch.tensor
 

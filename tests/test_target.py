@@ -1,5 +1,6 @@
 """The target adapter: hidden states, and trees on every architecture without a line of code for any."""
 
+import gc
 import shutil
 
 import pytest
@@ -11,15 +12,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedConfig, T5Config, T5ForConditionalGeneration
 
 from slipstream.configs.errors import SlipstreamError
-from slipstream.decode.cache import TreeCache
+from slipstream.decode.cache import TreeCache, causal
 from slipstream.decode.drafters import HeadDrafter, NGramDrafter, NoDrafter
 from slipstream.decode.engine import Decoder
 from slipstream.decode.policy import Policy
 from slipstream.decode.tree import TreeShape, make_tree
-from slipstream.distill import blocks
+from slipstream.distill import blocks, packing
 from slipstream.distill.packing import pack
 from slipstream.distill.support import context_of
 from slipstream.distill.target import Target, aux_layer_ids
+
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
 
 GEMMA3N = {
     "vocab_size_per_layer_input": VOCAB,
@@ -51,7 +54,7 @@ def test_a_tree_gives_each_node_what_its_path_gives_alone(architecture):
         torch.cat([getattr(t, name) for t in (one, other)]) for name in ("tokens", "depths", "ancestors")
     )
     out = target.forward(
-        tokens, position_ids=depths + torch.tensor(lengths)[:, None], visible=cache.visible(ancestors, 9), cache=cache
+        tokens, position_ids=depths + torch.tensor(lengths)[:, None], visible=cache.visible(ancestors), cache=cache
     )
     for row, length in enumerate(lengths):
         for node in range(9):
@@ -69,12 +72,12 @@ def test_committing_paths_equals_having_run_only_those_paths():
     target.forward(prompts, cache=cache)
     cache.commit_first([6, 4])
     at = torch.tensor([[6], [4]])
-    target.forward(tree.tokens, position_ids=tree.depths + at, visible=cache.visible(tree.ancestors, 4), cache=cache)
+    target.forward(tree.tokens, position_ids=tree.depths + at, visible=cache.visible(tree.ancestors), cache=cache)
     cache.commit([[0, 2, 3], [0]])
     assert cache.lengths == [9, 5]
     alone = torch.ones(2, 1, 1, dtype=torch.bool)
     after = target.forward(
-        torch.tensor([[40], [41]]), position_ids=torch.tensor([[9], [5]]), visible=cache.visible(alone, 1), cache=cache
+        torch.tensor([[40], [41]]), position_ids=torch.tensor([[9], [5]]), visible=cache.visible(alone), cache=cache
     )
     for row, line in enumerate(([3, 4, 5, 6, 7, 8, 20, 22, 23, 40], [9, 10, 11, 12, 30, 41])):
         plain = target.forward(torch.tensor([line]))
@@ -144,15 +147,45 @@ def test_packed_weights_give_what_the_model_gives_and_leave_it_as_it_is(architec
     assert pack(target.model) is target._packing  # another user of the same model shares what is packed
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
+@needs_compiler
 def test_compiled_decoding_gives_what_generate_gives():
-    target = tiny_target()
     prompt = torch.tensor([[5, 6, 7, 8]])
+    for architecture in ("llama", "qwen2"):  # the second in the same process, of the same sizes
+        target = tiny_target(architecture, num_hidden_layers=2)
+        target.compile()
+        for drafter in (HeadDrafter(tiny_head(target), target), NGramDrafter()):
+            decoder = Decoder(target, drafter, Policy(tree=TreeShape(3, 3, 8)))
+            assert decoder.generate(prompt, max_new_tokens=30).sequences.tolist() == greedy(target, prompt, 30).tolist()
+
+
+@needs_compiler
+@pytest.mark.skipif(not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="nothing is packed on this CPU")
+@pytest.mark.parametrize("architecture", ["llama", "qwen2"])  # qwen2 has biases
+def test_compiled_forwards_use_packed_weights_and_forget_them_with_the_model(architecture):
+    held = len(packing._PACKED), len(packing._JOINED)
+    target = Target(tiny_target(architecture, num_hidden_layers=2).model.to(torch.bfloat16))
     target.compile()
-    for drafter in (HeadDrafter(tiny_head(target), target), NGramDrafter()):
-        decoder = Decoder(target, drafter, Policy(tree=TreeShape(3, 3, 8)))
-        assert decoder.generate(prompt, max_new_tokens=30).sequences.tolist() == greedy(target, prompt, 30).tolist()
+    cache, ids = TreeCache(2, capacity=64), torch.arange(3, 12)[None]
+    target.forward(ids, cache=cache)
+    cache.commit_first([9])
+    outs = []
+    for how in (None, target.compiled):
+        cache.compiled = how
+        visible, positions = cache.visible(causal(4, 1, torch.device("cpu"))), torch.arange(9, 13)[None]
+        outs.append(
+            target.forward(ids[:, :4], position_ids=positions, visible=visible, cache=cache, compiled=bool(how))
+        )
+        cache.rollback()
+    eager, compiled = outs
+    torch.testing.assert_close(compiled.logits, eager.logits, rtol=0.05, atol=0.1)
+    torch.testing.assert_close(compiled.features, eager.features, rtol=0.05, atol=0.1)
+    assert len(packing._PACKED) == held[0] + 2 * 7 + 1
+    # What reads the same states: queries, keys and values (with biases they stay apart), and the two of the gate.
+    assert len(packing._JOINED) == held[1] + 2 * (2 if architecture == "llama" else 1)
+    del target, cache, eager, compiled, outs
+    torch._dynamo.reset()
+    gc.collect()
+    assert (len(packing._PACKED), len(packing._JOINED)) == held
 
 
 def test_features_are_the_states_entering_the_chosen_layers():

@@ -19,6 +19,7 @@ from slipstream.decode.engine import Decoder, Generation
 from slipstream.decode.policy import Policy
 from slipstream.decode.tree import TreeShape
 from slipstream.decode.verify import Verifier
+from slipstream.distill.compilation import require_compiler
 from slipstream.distill.draft import DraftConfig, DraftHead
 from slipstream.distill.heads import is_head, load_head, locate, save_head
 from slipstream.distill.target import Target, load_target
@@ -56,11 +57,11 @@ def load(
             tokenizer (a folder or hub id, or loaded), a `Drafter`, or `none`.
         dtype: Of the target and the draft, where they are loaded here.
         device: Likewise.
-        compiled: Run single prompts through `torch.compile`d forwards of target and head, on a card as CUDA graphs; each
-            size of tree takes some 40 seconds to compile, once per machine.
+        compiled: Run single prompts through `torch.compile`d forwards of target and head, on a card as CUDA graphs. On a
+            CPU it takes a C++ compiler and, the first time, a minute.
 
     Raises:
-        SlipstreamError: If something is missing, or the draft belongs to another target.
+        SlipstreamError: If something is missing, the draft belongs to another target, or nothing can be compiled here.
     """
     if isinstance(target, PreTrainedModel):
         target = Target(target)
@@ -89,6 +90,7 @@ def load(
         drafter = draft
     else:
         raise SlipstreamError(f"draft must be a folder, a hub id, a head or a model, not {type(draft).__name__}")
-    if compiled:
+    if compiled and loaded.compiled is None:
+        require_compiler(loaded.device)
         loaded.compile()
     return Decoder(loaded, drafter, policy)

@@ -35,6 +35,7 @@ from slipstream.decode.suite import header, judged_rows, sample_answer, sampled
 from slipstream.decode.tasks import encode_first, read_prompts, tuning_prompts
 from slipstream.decode.tree import TreeShape
 from slipstream.decode.tune import tune
+from slipstream.distill.compilation import require_compiler
 from slipstream.distill.gguf import EMBEDDED, EMBEDDED_LICENSE
 from slipstream.distill.heads import describe_target, load_head, new_head, save_head
 from slipstream.distill.target import Target, load_target
@@ -106,6 +107,17 @@ class Quickstart:
             out=file,
         )
         return str(file)
+
+    def compile(self, target: Target) -> None:
+        """Compile what decodes, where that can be done here."""
+        if self.minutes < _SMOKE_MINUTES:
+            return
+        try:
+            require_compiler(target.device)
+        except SlipstreamError as error:
+            console.print(str(error))
+        else:
+            target.compile()
 
     def train(self, target: Target) -> None:
         """Train the head into `draft/`, for about the minutes asked for on this machine."""
@@ -298,6 +310,7 @@ def quickstart(out: Path = Path("runs/quickstart"), minutes: float = 12.0, fresh
     target = load_target(EMBEDDED, think=job.recipe.data.think)
     job.train(target)
     head = load_head(out / "draft", dtype=target.dtype)
+    job.compile(target)
     if not (out / "frontier.json").is_file():
         job.tune(Decoder(target, HeadDrafter(head, target)))
     if not (out / "results.json").is_file():

@@ -49,7 +49,7 @@ def generate(
         think: Whether answers think before they speak, for templates with `enable_thinking`; default: as the head was
             trained.
         adapter: A peft adapter of the target, folder or hub id; default: as the head was trained.
-        compiled: Run target and head through torch.compile: minutes at first, then faster on long texts.
+        compiled: Run target and head through torch.compile: faster, after a minute the first time.
         quiet: Only the text: no colours, no line of statistics.
     """
     from dataclasses import replace
@@ -146,6 +146,7 @@ def evaluate(
     seed: int = 0,
     think: bool | None = None,
     adapter: str | None = None,
+    compiled: bool = False,
     card: bool = False,
 ) -> None:
     """Measure rules and heads against transformers' generate: results.json, answers.jsonl, table.md, report.html.
@@ -171,6 +172,7 @@ def evaluate(
         seed: Of draws and intervals.
         think: Whether answers think before they speak; default: as the heads were trained.
         adapter: A peft adapter of the target, folder or hub id; default: as the heads were trained.
+        compiled: Run target and heads through torch.compile, for batches of one: faster, after a minute the first time.
         card: Write the measured table into the model card (README.md) of the head's folder as well.
     """
     import slipstream
@@ -190,7 +192,7 @@ def evaluate(
     if score:
         require_references(rows)
     loaded = _load_target(target, draft, dtype, device, think, adapter)
-    decoders = {name: slipstream.load(loaded, name) for name in draft}
+    decoders = {name: slipstream.load(loaded, name, compiled=compiled) for name in draft}
     require_figures()
     require_writable(out, 10)
     results = measure(decoders, rows, plan, out)
@@ -209,6 +211,7 @@ def tune(
     device: str | None = None,
     think: bool | None = None,
     adapter: str | None = None,
+    compiled: bool = False,
 ) -> None:
     """Choose tree, rule and schedule for this device within a budget of fidelity; writes decode.json into the head's folder.
 
@@ -226,6 +229,7 @@ def tune(
         device: The one to tune for: `cpu`, `cuda`, `cuda:1`, ..; default: a card where there is one.
         think: Whether answers think before they speak; default: as the head was trained.
         adapter: A peft adapter of the target, folder or hub id; default: as the head was trained.
+        compiled: Tune for target and head run through torch.compile, as `--compiled` of the other commands does.
     """
     import slipstream
     from slipstream.configs.progress import console
@@ -244,7 +248,7 @@ def tune(
     if limit.kind == "task":
         require_references(rows, "--budget task")
     loaded = _load_target(target, [str(draft)], dtype, device, think, adapter)
-    decoder = slipstream.load(loaded, draft)
+    decoder = slipstream.load(loaded, draft, compiled=compiled)
     policy, points = search(decoder, rows, budget=limit, max_new_tokens=max_new_tokens, trace=trace)
     policy.save(draft)
     console.print(frontier_table(points))
