@@ -1,4 +1,4 @@
-"""A forward of the target as transformers runs it, with packed weights, and with attention by blocks as well.
+"""A forward of the target as transformers runs it, with packed weights, with attention by blocks as well, and compiled.
 
 Blocks are forced upon few tokens too, which the package leaves to torch's kernel (`blocks.FEW`).
 
@@ -15,7 +15,7 @@ from unittest.mock import patch
 import torch
 from jsonargparse import auto_cli
 
-from slipstream.decode.cache import TreeCache, causal
+from slipstream.decode.cache import TreeCache, causal, fixed_capacity
 from slipstream.distill import blocks
 from slipstream.distill.packing import Packing
 from slipstream.distill.target import load_target
@@ -26,16 +26,21 @@ if TYPE_CHECKING:
     from slipstream.distill.target import Target
 
 
+_MOST = 64  # tokens of a forward behind a context
+
+
 def _behind(target: Target, context: int) -> Callable[[int], None]:
     """A forward of some tokens behind a context."""
-    cache = TreeCache(target.config.num_hidden_layers)
+    cache = TreeCache(target.config.num_hidden_layers, capacity=fixed_capacity(context + _MOST))
     target.forward(torch.zeros(1, context, dtype=torch.long), cache=cache)
     cache.commit_first([context])
+    cache.compiled = how = target.compiled
 
     def forward(tokens: int) -> None:
+        tokens = how.size(tokens) if how else tokens
         ids = torch.randint(0, target.vocab_size, (1, tokens))
         visible, positions = cache.visible(causal(tokens, 1, ids.device)), torch.arange(tokens)[None] + context
-        target.forward(ids, position_ids=positions, visible=visible, cache=cache)
+        target.forward(ids, position_ids=positions, visible=visible, cache=cache, compiled=bool(how))
         cache.rollback()
 
     return forward
@@ -61,7 +66,7 @@ def _row(label: str, contenders: list[tuple[Callable[[int], object], bool]], tok
     print(f"| {label} | {' | '.join(cells + ratios)} |", flush=True)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def main(target: str = "smollm2-135m-instruct", contexts: list[int] = [64, 256], repeats: int = 15) -> None:  # noqa: B006
     """Print Markdown tables of milliseconds: median and, in brackets, the middle half.
 
@@ -70,14 +75,16 @@ def main(target: str = "smollm2-135m-instruct", contexts: list[int] = [64, 256],
         contexts: Tokens before those of the forward.
         repeats: Forwards of each kind.
     """
-    plain, packed = load_target(target), load_target(target)
+    plain, packed, compiled = (load_target(target) for _ in range(3))
     plain._packing = Packing()  # nothing packed
+    compiled.compile()
     for context in contexts:
-        print(f"\n| tokens behind {context} | stock | packed | packed, blocks | over stock | over packed |")
-        print("|--:|--:|--:|--:|--:|--:|")
-        before, ours = _behind(plain, context), _behind(packed, context)
-        for tokens in (1, 4, 8, 16, 24, 32, 64):
-            _row(str(tokens), [(before, True), (ours, True), (ours, False)], tokens, repeats)
+        columns = "stock | packed | packed, blocks | compiled | over stock | over packed | over blocks"
+        print(f"\n| tokens behind {context} | {columns} |")
+        print("|--:" * 8 + "|")
+        before, ours, graph = (_behind(one, context) for one in (plain, packed, compiled))
+        for tokens in (1, 4, 8, 16, 24, 32, _MOST):
+            _row(str(tokens), [(before, True), (ours, True), (ours, False), (graph, True)], tokens, repeats)
     print("\n| whole texts for training | stock | blocks | over stock |\n|--:|--:|--:|--:|")
     for batch, length in ((2, 512), (1, 1024), (1, 2048)):
 

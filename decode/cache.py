@@ -36,7 +36,8 @@ class Rows:
         even: Whether all are equal.
         compiled: How the forwards are that read this, if they are compiled: none may read a length.
         behind: Tokens written behind each row's committed ones where they are, [].
-        slots: As long as what layers hand out to such forwards; where shapes are static, that is all they have.
+        slots: Empty but for its size, the slots that layers hand out to such forwards: of a tensor that may be a symbol.
+            Where shapes are static they hand out all they have.
     """
 
     def __init__(self, batch: int, device: torch.device) -> None:
@@ -84,7 +85,10 @@ class TreeLayer(CacheLayerMixin):
         """Append [B, heads, Q, d] to every row and return everything up to the longest row's end, as views."""
         if self.rows.compiled is not None:  # nothing below that reads a length: a compiled graph would be bound to it
             assert self.keys is not None and self.values is not None
-            self._scatter(key_states, value_states, self.rows.behind)
+            # One row, and no scatter: inductor would copy the whole buffers for it.
+            at = self.rows.tensor + self.rows.behind + torch.arange(key_states.shape[2], device=key_states.device)
+            self.keys.index_copy_(2, at, key_states)
+            self.values.index_copy_(2, at, value_states)
             if self.rows.compiled.static:
                 return self.keys, self.values
             end = self.rows.slots.shape[0]
@@ -100,13 +104,13 @@ class TreeLayer(CacheLayerMixin):
             self.keys[:, :, end - count : end] = key_states
             self.values[:, :, end - count : end] = value_states
         else:
-            self._scatter(key_states, value_states, self.tentative)
+            self._scatter(key_states, value_states)
         self.tentative += count
         return self.keys[:, :, :end], self.values[:, :, :end]
 
-    def _scatter(self, key_states: Tensor, value_states: Tensor, behind: int | Tensor) -> None:
+    def _scatter(self, key_states: Tensor, value_states: Tensor) -> None:
         assert self.keys is not None and self.values is not None
-        new = torch.arange(key_states.shape[2], device=key_states.device) + behind
+        new = torch.arange(key_states.shape[2], device=key_states.device) + self.tentative
         slots = (self.rows.tensor[:, None] + new)[:, None, :, None]
         self.keys.scatter_(2, slots.expand_as(key_states), key_states)
         self.values.scatter_(2, slots.expand_as(value_states), value_states)
@@ -181,14 +185,17 @@ class TreeCache(Cache):
         """Committed tokens of each row."""
         return self.rows.lengths
 
+    def hand_out(self, slots: int) -> None:
+        """Where `compiled`: let the next forward see so many slots, as many as its mask has."""
+        assert self.rows.compiled is not None
+        if len(self.rows.slots) != slots:
+            self.rows.slots = self.rows.slots.new_empty(slots)
+            self.rows.compiled.vary(self.rows.slots, 0)
+
     def _total(self, tentative: int) -> int:
         """Slots that a forward sees, which ends with the last of so many tentative tokens."""
-        compiled = self.rows.compiled
-        total = self.layers[0].capacity if compiled and compiled.static else max(self.lengths) + tentative
-        if compiled and len(self.rows.slots) != total:
-            self.rows.slots = self.rows.slots.new_empty(total)
-            compiled.vary(self.rows.slots, 0)
-        return total
+        static = self.rows.compiled is not None and self.rows.compiled.static
+        return self.layers[0].capacity if static else max(self.lengths) + tentative
 
     def visible(self, tentative: Tensor) -> Tensor:
         """Which slots each query may see: all committed ones of its row, and the tentative ones it is given.

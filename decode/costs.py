@@ -105,8 +105,7 @@ class CostProbe:
 
     def measure(self) -> Costs:
         """Time all probes, one after the other; then forget what was timed."""
-        for shape in (PROBES[1], PROBES[-1]):  # what is compiled is compiled now, for one token a level and for several
-            self._run(shape, "mars", _WARM)
+        self._run(PROBES[-1], "mars", _WARM)
         with progress("costs of a round", len(self), "trees") as advance:
             for _ in range(len(self)):
                 self.take(1)

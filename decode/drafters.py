@@ -18,7 +18,7 @@ from slipstream.decode.draws import uniforms
 from slipstream.decode.speculation import LONGEST
 from slipstream.decode.transfer import to_device
 from slipstream.decode.tree import Tree, TreeBuilder, TreeShape, fixed_levels, graft, make_tree, root_only
-from slipstream.distill.compilation import SIZES, Compilation
+from slipstream.distill.compilation import SIZES, STATIC
 from slipstream.distill.packing import pack
 
 if TYPE_CHECKING:
@@ -49,8 +49,8 @@ class Round:
         enough: Asked after each level, with the log-probabilities of the drafts at the nodes just expanded, [B, Q, Vd];
             whether to stop there.
         filler: A token to fill up copies with that no relaxed rule lets pass: one that ends the text.
-        compiled: How, where drafts are made by compiled forwards and the drafter has them; in one row only, and in all
-            rounds of a request or in none.
+        static: Whether drafts are made by forwards of static shapes, compiled, where the drafter has them; in one row only,
+            and in all rounds of a request or in none.
     """
 
     ids: Tensor
@@ -63,7 +63,7 @@ class Round:
     generators: Sequence[torch.Generator] = ()
     enough: Callable[[Tensor], bool] | None = None
     filler: int = 0
-    compiled: Compilation | None = None
+    static: bool = False
 
     @cached_property
     def ends(self) -> Tensor:
@@ -272,13 +272,11 @@ class HeadDrafter(_TreeDrafter):
         self.vocabulary = head.vocabulary()
         self.vocab_size = target.vocab_size
         self._caches = FixedCaches(self.layers, self.vocabulary.device)
-        self._forwards: dict[Compilation, Callable[..., tuple[Tensor, Tensor]]] = {}
         self.begin(1)
 
-    def _compiled(self, how: Compilation) -> Callable[..., tuple[Tensor, Tensor]]:
-        if how not in self._forwards:
-            self._forwards[how] = how.apply(self._run)
-        return self._forwards[how]
+    @cached_property
+    def _compiled(self) -> Callable[..., tuple[Tensor, Tensor]]:
+        return STATIC.apply(self._run, self.vocabulary.device)
 
     def _attend(self, visible: Tensor | None) -> Attend:
         """Attention over the cache; `visible` is bool [B, Q, K], None for causal rows with no cache before them."""
@@ -317,20 +315,14 @@ class HeadDrafter(_TreeDrafter):
     def _forward(
         self, tokens: Tensor, hidden: Tensor, positions: Tensor, visible: Tensor | None, rows: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """`_run`, compiled where that was asked for and tokens are few."""
-        how = self.cache.compiled
-        if how is None:
+        """`_run`, compiled where shapes are static and few."""
+        if self.cache.compiled is None:
             with self.packing.used():
                 return self._run(tokens, hidden, positions, visible, rows)
-        run = self._compiled(how) if positions.shape[1] <= SIZES[-1] else self._run
+        run = self._compiled if positions.shape[1] <= SIZES[-1] else self._run
         # Copied: graphs are bound to strides, and the state of the step before lies where this one may write.
         hidden = hidden.clone(memory_format=torch.contiguous_format)
-        for x in (tokens, hidden, positions, *(() if rows is None else [rows])):
-            how.vary(x, 1)
-        if visible is not None:
-            how.vary(visible, 1, 2)
-        with self.packing.used():
-            out = run(tokens, hidden, positions, visible, rows)
+        out = run(tokens, hidden, positions, visible, rows)
         self.cache.advance(positions.shape[1])
         return out
 
@@ -343,11 +335,11 @@ class HeadDrafter(_TreeDrafter):
         """
         shape, features, device = round.shape, round.features, round.ids.device
         later = shape.depth - 1 if self.head.config.kind == "parallel" else 0
-        if round.compiled and not any(self.cache.lengths):
+        if round.static and not any(self.cache.lengths):
             widest = SIZES[-1] + max(shape.nodes, shape.top_k * max(shape.depth, LONGEST))
             self.cache = self._caches.take(round.ids.shape[1] + widest)
         if self.cache.compiled:
-            wanted = self.cache.compiled.size(features.shape[1], shape.depth + shape.copied + 1)
+            wanted = STATIC.size(features.shape[1], shape.depth + shape.copied + 1)
             features = pad(features, (0, 0, 0, wanted - features.shape[1]))
         batch, count = features.shape[:2]
         fresh, new = to_device(round.fresh, device)[:, None], torch.arange(count + later, device=device)
@@ -361,7 +353,7 @@ class HeadDrafter(_TreeDrafter):
         rows = torch.cat([fresh - 1, new[count:].expand(batch, -1)], 1)
         logits, state = self._forward(tokens, features, positions, visible, rows)
         self.cache.commit_first(round.fresh)
-        self.cache.compiled = round.compiled
+        self.cache.compiled = STATIC if round.static else None
         self._ahead = logits  # [B, 1 + later, Vd]
         return logits[:, 0], state[:, 0]
 

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from transformers.generation.streamers import BaseStreamer
 
     from slipstream.decode.recorder import Observer
+    from slipstream.decode.tree import TreeShape
     from slipstream.distill.target import Target
 
 
@@ -319,6 +320,7 @@ class Decoder:
         target, drafter = self.target, self.drafter
         drafter.begin(len(batch.places))
         compiled = target.compiled if len(batch.places) == 1 else None
+        static = compiled is not None and compiled.static
         cache, features, logits = self._prefill(batch, compiled)
         fresh = list(batch.lengths)
         controller = self.policy.speculation.controller(self.policy.tree, target)
@@ -354,7 +356,7 @@ class Decoder:
                 tree = root_only(last_tokens(batch.ids, batch.lengths))
             else:
                 left = target.context - max(batch.lengths)
-                shape = shape.within(left if compiled or request.temperature else min(left, max(batch.room)))
+                shape = shape.within(left if static or request.temperature else min(left, max(batch.room)))
                 tree = drafter.propose(
                     Round(
                         ids=batch.ids,
@@ -367,33 +369,40 @@ class Decoder:
                         generators=[request.generators[place] for place in batch.places],
                         enough=controller.enough,
                         filler=min(request.stops, default=0),
-                        compiled=compiled,
+                        static=static,
                     )
                 )
                 features, fresh = features[:, :0], [0] * len(going)
-            if compiled:
-                expected = shape.size if shape is not None and tree.nodes > 1 else 0
-                tree = tree.padded(compiled.size(tree.nodes, expected))
+            fed = _filled(tree, shape, compiled)
             drafted = time.perf_counter()
-            plain = tree.nodes == 1 and cache.rows.even and not compiled
+            plain = fed.nodes == 1 and cache.rows.even and not compiled
             out = target.forward(
-                tree.tokens,
-                position_ids=tree.depths + cache.rows.tensor[:, None],
-                visible=None if plain else cache.visible(tree.ancestors),
+                fed.tokens,
+                position_ids=fed.depths + cache.rows.tensor[:, None],
+                visible=None if plain else cache.visible(fed.ancestors),
                 cache=cache,
                 compiled=bool(compiled),
             )
+            logits = out.logits[:, : tree.nodes]
             verified = time.perf_counter()
             stats.count(drafted - clock, verified - drafted, tree.nodes * len(going))
-            verdict = self._judge(request, batch, tree, out.logits)
+            verdict = self._judge(request, batch, tree, logits)
             cache.commit(verdict.paths)
             controller.observe(tree, verdict.paths, drafted - clock, verified - drafted)
             if request.observer is not None:
                 judged = time.perf_counter()
                 times = (drafted - clock, verified - drafted, judged - seen - (verified - clock))
-                request.observer.round(batch.places, tree, out.logits, verdict, times)
+                request.observer.round(batch.places, tree, logits, verdict, times)
                 begun, seen = begun + time.perf_counter() - judged, time.perf_counter()
             features, fresh = _append(features, fresh, out.features, verdict.paths)
+
+
+def _filled(tree: Tree, shape: TreeShape | None, compiled: Compilation | None) -> Tree:
+    """The tree as a graph wants it; what fills it up is neither judged nor accepted."""
+    if compiled is None:
+        return tree
+    expected = shape.size if shape is not None and tree.nodes > 1 else 0
+    return tree.padded(compiled.size(tree.nodes, expected))
 
 
 def _append(

@@ -35,7 +35,9 @@ def require_compiler(device: torch.device) -> None:
     try:
         torch.compile(lambda x: x + 1)(torch.ones(2, device=device))
     except Exception as error:  # whatever goes wrong in a tool chain: no compiler, no headers, no OpenMP
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        # A compiler's own words stand below its command line.
+        reason = next((line for line in lines if "error:" in line), lines[0] if lines else type(error).__name__)
         raise SlipstreamError(f"nothing can be compiled for {device} here, decode without: {reason}") from error
 
 
@@ -44,8 +46,9 @@ class Compilation:
     """How forwards of a few tokens over a cache are compiled.
 
     Attributes:
-        static: Whether every shape has a graph of its own, as CUDA graphs must. Otherwise one graph serves trees and caches
-            of all sizes, and is kept on disk for the next process.
+        static: Whether every shape has a graph of its own, as CUDA graphs must; the head's forwards are compiled as well.
+            Otherwise one graph of the target serves trees and caches of all sizes, and is kept on disk for the next
+            process. (A head is too small on a CPU: its graphs took as long as its eager forwards.)
     """
 
     static: bool
@@ -53,7 +56,7 @@ class Compilation:
     @classmethod
     def on(cls, device: torch.device) -> Compilation:
         """The way that is the faster one on a device."""
-        return cls(device.type == "cuda")
+        return cls(device.type != "cpu")
 
     def size(self, tokens: int, most: int = 0) -> int:
         """Tokens to which a forward is filled up, `most` being what is to be expected of the next ones."""
@@ -65,7 +68,7 @@ class Compilation:
         if not self.static:
             torch._dynamo.maybe_mark_dynamic(x, list(dims))
 
-    def apply(self, method: Callable[..., Any]) -> Callable[..., Any]:
+    def apply(self, method: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
         """A method, compiled for an object whose weights stay as they are.
 
         As CUDA graphs it writes in place to tensors marked by `TreeCache.mark_static` only, and its outputs lie in memory
@@ -74,15 +77,18 @@ class Compilation:
         # Guarding each module on every call would cost a tenth of a small forward.
         options: dict[str, Any] = {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
         function = _apart(method)
+        # Beyond the limit, 8 by default, torch would go on without compiling and say so in a log only.
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _GRAPHS)
         if not self.static:
             from slipstream.distill.joining import JoinSiblings  # inductor imports slowly
 
             return torch.compile(function, options={**options, "post_grad_custom_pre_pass": JoinSiblings()})
-        options["triton.cudagraphs"] = True
-        # Beyond the limit, 8 by default, torch would go on without compiling and say so in a log only.
-        limit = torch._dynamo.config.recompile_limit
-        torch._dynamo.config.recompile_limit = max(limit, _GRAPHS)
+        if device.type == "cuda":
+            options["triton.cudagraphs"] = True
         return torch.compile(function, dynamic=False, options=options)
+
+
+STATIC = Compilation(static=True)
 
 
 def _apart(method: Callable[..., Any]) -> MethodType:

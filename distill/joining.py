@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 
+from slipstream.distill import packing
 from slipstream.distill.packing import like_packed_linears
 
 if TYPE_CHECKING:
@@ -48,4 +49,4 @@ class JoinSiblings(CustomGraphPass):
 
     def uuid(self) -> bytes:
         """What graphs kept on disk go by."""
-        return get_hash_for_files((__file__,))
+        return get_hash_for_files((__file__, packing.__file__))

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -24,12 +25,20 @@ _ROWS = 8  # tokens the layout is chosen for; it serves one as well as hundreds
 _OPERATORS = torch.library.Library("slipstream", "FRAGMENT")
 _OPERATORS.define("packed_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
 _OPERATORS.define("packed_linears(Tensor x, Tensor[] weights) -> Tensor")
-_PACKED: dict[int, Tensor] = {}  # by the address of the plain weight
-_JOINED: dict[tuple[int, ...], Tensor] = {}  # of several layers, by the addresses of all
+_Key = tuple[int, int]  # address and rows of a plain weight
+_PACKED: dict[_Key, tuple[Tensor, Tensor]] = {}  # plain and packed; while the plain one is held, its address is its own
+_JOINED: dict[tuple[_Key, ...], Tensor] = {}  # of several layers, packed
+
+
+def _key(weight: Tensor) -> _Key:
+    return weight.data_ptr(), weight.shape[0]
 
 
 def _packed_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise(x, _PACKED[weight.data_ptr()], bias, "none", [], "")
+    known = _PACKED.get(_key(weight))
+    if known is None:  # it was cast or moved since
+        return linear(x, weight, bias)
+    return torch.ops.mkldnn._linear_pointwise(x, known[1], bias, "none", [], "")
 
 
 def _like_packed_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -37,8 +46,10 @@ def _like_packed_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tenso
 
 
 def _packed_linears(x: Tensor, weights: list[Tensor]) -> Tensor:
-    key = tuple(weight.data_ptr() for weight in weights)
+    key = tuple(map(_key, weights))
     if key not in _JOINED:
+        if not all(part in _PACKED for part in key):
+            return torch.cat([linear(x, weight) for weight in weights], -1)
         _JOINED[key] = torch.ops.mkldnn._reorder_linear_weight(torch.cat(weights), _ROWS)
     return torch.ops.mkldnn._linear_pointwise(x, _JOINED[key], None, "none", [], "")
 
@@ -48,10 +59,11 @@ def like_packed_linears(x: Tensor, weights: list[Tensor]) -> Tensor:
     return x.new_empty(*x.shape[:-1], sum(weight.shape[0] for weight in weights))
 
 
-def _forget(address: int) -> None:
-    _PACKED.pop(address, None)
-    for key in [key for key in _JOINED if address in key]:
-        del _JOINED[key]
+def _forget(key: _Key) -> None:
+    _PACKED.pop(key, None)
+    for joined in list(_JOINED):
+        if key in joined:
+            _JOINED.pop(joined, None)
 
 
 _OPERATORS.impl("packed_linear", _packed_linear, "CPU")
@@ -83,7 +95,7 @@ class _PackedLinear(nn.Linear):
     packed: Tensor
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.packing.on or x.dtype != torch.bfloat16:
+        if not self.packing.on or x.dtype != torch.bfloat16 or not x.is_cpu:
             return super().forward(x)
         if torch.compiler.is_compiling():
             return torch.ops.slipstream.packed_linear(x, self.weight, self.bias)
@@ -104,9 +116,8 @@ def pack(model: nn.Module) -> Packing:
             packed = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), _ROWS)
             layer.__class__ = _PackedLinear
             layer.__dict__.update(packing=packing, packed=packed)  # no parameter and no buffer: never saved or moved
-            address = layer.weight.data_ptr()
-            _PACKED[address] = packed
-            weakref.finalize(layer, _forget, address)
+            _PACKED[_key(layer.weight)] = layer.weight.detach(), packed
+            weakref.finalize(layer, _forget, _key(layer.weight))
     return packing
 
 

@@ -222,7 +222,8 @@ class Target:
             visible: Bool [B, Q, K], which of the K cached and new tokens each query may see; None is plain causal.
             cache: Keys and values so far; None computes without one.
             logits_to_keep: As in transformers: the last n, or the indices [kept] whose logits are wanted.
-            compiled: Run through `torch.compile`, after `compile()`; the cache must have been told how.
+            compiled: Run through `torch.compile`, after `compile()`: a tree over a `TreeCache` that was told how, with
+                positions and `visible`.
             features: Whether they are wanted, which keeps the states of all layers in memory until the forward ends.
         """
         mask = None if visible is None else layer_masks(self.config, self.dtype, visible, position_ids, cache)
@@ -231,7 +232,8 @@ class Target:
                 return TargetOutput(*self._run(input_ids, mask, position_ids, cache, logits_to_keep, features))
         self._packing = self._packing or pack(self.model)
         if compiled:
-            assert self.compiled is not None and position_ids is not None and mask is not None
+            assert self.compiled is not None and position_ids is not None and mask is not None and visible is not None
+            cast("Any", cache).hand_out(visible.shape[2])
             for ids in (input_ids, position_ids):
                 self.compiled.vary(ids, 1)
             for kind in mask.values() if isinstance(mask, dict) else [mask]:
@@ -290,7 +292,8 @@ class Target:
                 forward returns is good until the next one.
         """
         self.compiled = Compilation.on(self.device) if static is None else Compilation(static)
-        self._compiled = self.compiled.apply(self._run)
+        self._compiled = self.compiled.apply(self._run, self.device)
+        self.__dict__.pop("_costs", None)  # of forwards as they were
 
     def _run(
         self,

@@ -57,7 +57,7 @@ def load(
             tokenizer (a folder or hub id, or loaded), a `Drafter`, or `none`.
         dtype: Of the target and the draft, where they are loaded here.
         device: Likewise.
-        compiled: Run single prompts through `torch.compile`d forwards of target and head, on a card as CUDA graphs. On a
+        compiled: Run single prompts through `torch.compile`d forwards, on a card as CUDA graphs. On a
             CPU it takes a C++ compiler and, the first time, a minute.
 
     Raises:

@@ -49,7 +49,7 @@ def generate(
         think: Whether answers think before they speak, for templates with `enable_thinking`; default: as the head was
             trained.
         adapter: A peft adapter of the target, folder or hub id; default: as the head was trained.
-        compiled: Run target and head through torch.compile: faster, after a minute the first time.
+        compiled: Run the target through torch.compile: faster, after a minute the first time.
         quiet: Only the text: no colours, no line of statistics.
     """
     from dataclasses import replace
@@ -172,7 +172,7 @@ def evaluate(
         seed: Of draws and intervals.
         think: Whether answers think before they speak; default: as the heads were trained.
         adapter: A peft adapter of the target, folder or hub id; default: as the heads were trained.
-        compiled: Run target and heads through torch.compile, for batches of one: faster, after a minute the first time.
+        compiled: Run the target through torch.compile, for batches of one: faster, after a minute the first time.
         card: Write the measured table into the model card (README.md) of the head's folder as well.
     """
     import slipstream
@@ -229,7 +229,7 @@ def tune(
         device: The one to tune for: `cpu`, `cuda`, `cuda:1`, ..; default: a card where there is one.
         think: Whether answers think before they speak; default: as the head was trained.
         adapter: A peft adapter of the target, folder or hub id; default: as the head was trained.
-        compiled: Tune for target and head run through torch.compile, as `--compiled` of the other commands does.
+        compiled: Tune for a target run through torch.compile, as `--compiled` of the other commands does.
     """
     import slipstream
     from slipstream.configs.progress import console
