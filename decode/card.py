@@ -24,7 +24,7 @@ A head for speculative decoding (EAGLE), made by slipstream. It drafts, the targ
 ```python
 import slipstream
 
-decoder = slipstream.load("{target}", "path/to/this/folder")  # or this repository's name
+decoder = slipstream.load("{target}", "path/to/this/folder"{compiled})  # or this repository's name
 ```
 
 """
@@ -38,12 +38,14 @@ def model_card(target: str, *, license: str | None = None, results: dict[str, An
         license: A licence's identifier on the hub; None leaves it out.
         results: The content of a `results.json`; None says that nothing was measured.
     """
-    measured = "Not measured yet.\n"
+    measured, compiled = "Not measured yet.\n", ""
     if results is not None:
+        compiled = ", compiled=True" if results["device"].endswith("compiled") else ""  # as it was tuned and measured
         measured = (
             f"Measured on {results['device']}, {results['dtype']}, {results['date']}:\n\n{markdown_table(results)}"
         )
-    return f"---\n{_header(target, license).to_yaml()}\n---\n\n{_BODY.format(target=target)}{measured}"
+    body = _BODY.format(target=target, compiled=compiled) + measured
+    return f"---\n{_header(target, license).to_yaml()}\n---\n\n{body}"
 
 
 def write_card(folder: Path, target: str, *, license: str | None = None, results: dict[str, Any] | None = None) -> None:

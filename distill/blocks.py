@@ -1,7 +1,8 @@
 """Attention by plain matrix products, one block of queries at a time: how a target on a CPU reads texts here.
 
-torch's own kernel for the CPU takes two to three times as long in bf16, which makes a forward over a whole text a third slower;
-for a few tokens behind a context it is the faster one (benchmarks/forward.py). Nothing [L, L] is ever held.
+torch's own kernel for the CPU takes two to three times as long in bf16, which makes a forward over a whole text a third slower,
+unless the CPU has AMX, where it is twice as fast as this; for a few tokens behind a context it is the faster one anywhere
+(benchmarks/forward.py). Nothing [L, L] is ever held.
 """
 
 from __future__ import annotations
@@ -23,6 +24,12 @@ if TYPE_CHECKING:
 BLOCK = block_size("cpu")
 FEW = 64
 """Queries below which torch's kernel is the faster one."""
+
+
+def _kernel_wins(query: Tensor) -> bool:
+    """Whether torch's kernel is the faster one for these queries."""
+    amx = query.dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported()
+    return query.device.type != "cpu" or query.shape[2] < FEW or amx
 
 
 class _Texts(NamedTuple):
@@ -106,8 +113,7 @@ def _attention(
             part, _ = _attention(module, q, k, v, mask, dropout, scaling, apart or is_causal, **kwargs)
             parts.append(part)
         return torch.cat(parts, 1), None
-    few = query.shape[2] < FEW
-    if query.device.type != "cpu" or few or dropout or special or kwargs.get("softcap") is not None:
+    if _kernel_wins(query) or dropout or special or kwargs.get("softcap") is not None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout, scaling, is_causal=is_causal, **kwargs
         )

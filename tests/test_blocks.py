@@ -7,6 +7,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from slipstream.distill import blocks
+from slipstream.distill.target import Target
 
 
 def draw(*sizes, dtype=torch.float32):
@@ -55,3 +56,16 @@ def test_a_target_runs_through_it_and_leaves_the_model_as_it_was(monkeypatch):
     torch.testing.assert_close(captured.hidden, plain.hidden_states[-1], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(target.forward(ids).logits, plain.logits, rtol=1e-4, atol=1e-5)
     assert ALL_ATTENTION_FUNCTIONS["sdpa"] is stock
+
+
+@pytest.mark.parametrize(
+    ("amx", "dtype", "blocked"), [(True, "bfloat16", 0), (False, "bfloat16", 4), (True, "float32", 4)]
+)
+def test_a_cpu_with_amx_reads_texts_by_torchs_kernel(monkeypatch, amx, dtype, blocked):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    calls = []
+    attend = blocks.attend
+    monkeypatch.setattr(blocks, "attend", lambda *args, **kwargs: calls.append(1) or attend(*args, **kwargs))
+    target = Target(tiny_target().model.to(getattr(torch, dtype)))
+    target.capture(torch.arange(3, 83)[None] % VOCAB)
+    assert len(calls) == blocked

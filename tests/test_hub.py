@@ -172,6 +172,13 @@ def test_a_card_keeps_its_licence_and_what_else_its_header_says(head_folder, hub
     assert (header.language, header.license, header.base_model) == ("en", "mit", "a/b")
 
 
+def test_a_card_loads_the_head_as_it_was_measured():
+    line = 'slipstream.load("tiny", "path/to/this/folder"{})'
+    assert line.format("") in model_card("tiny", results=RESULTS)
+    compiled = RESULTS | {"device": "cpu (2 threads), compiled"}
+    assert line.format(", compiled=True") in model_card("tiny", results=compiled)
+
+
 def test_the_embedded_target_is_named_as_the_hub_knows_it():
     header = ModelCard(model_card(EMBEDDED)).data
     assert header.base_model == "HuggingFaceTB/SmolLM2-135M-Instruct"
