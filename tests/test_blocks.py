@@ -69,3 +69,13 @@ def test_a_cpu_with_amx_reads_texts_by_torchs_kernel(monkeypatch, amx, dtype, bl
     target = Target(tiny_target().model.to(getattr(torch, dtype)))
     target.capture(torch.arange(3, 83)[None] % VOCAB)
     assert len(calls) == blocked
+
+
+def test_texts_in_a_row_stay_apart_under_torchs_kernel_too(monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    target = Target(tiny_target().model.to(torch.bfloat16))
+    ids = torch.randint(3, VOCAB, (1, 120), generator=torch.Generator().manual_seed(0))
+    starts = torch.tensor([[0] * 70 + [70] * 50])
+    row = target.capture(ids, starts).hidden
+    alone = torch.cat([target.capture(ids[:, :70]).hidden, target.capture(ids[:, 70:]).hidden], 1)
+    torch.testing.assert_close(row, alone, rtol=0.05, atol=0.1)
