@@ -21,6 +21,7 @@ from transformers import BertConfig, BertForMaskedLM, LlamaConfig, LlamaModel, V
 
 from slipstream.cli import COMMANDS, _parser, main
 from slipstream.configs.recipe import HeadSettings, Recipe
+from slipstream.decode.stream import TagStream
 from slipstream.distill.heads import new_head, save_head
 from slipstream.distill.target import load_target
 
@@ -263,6 +264,21 @@ def test_a_draft_that_fits_decodes_to_the_text_of_the_target_alone(slipstream, t
     drafted = slipstream(*command, "--dtype", "float32", "--draft", drafts / "right")
     assert alone.status == drafted.status == 0
     assert alone.out == drafted.out != ""
+
+
+def test_what_is_compiled_is_compiled_before_the_answer(slipstream, tiny_target_folder, monkeypatch):
+    command = ("generate", "--prompt", "Hi", "--target", tiny_target_folder, "--max_new_tokens", 24, "--quiet")
+    plain = slipstream(*command, "--dtype", "float32", "--draft", "ngram").out
+    order = []
+
+    def compile(function, **given):
+        return lambda *args: order.append("compiled") or function(*args)
+
+    monkeypatch.setattr(torch, "compile", compile)
+    put = TagStream.put
+    monkeypatch.setattr(TagStream, "put", lambda *args: order.append("shown") or put(*args))
+    assert slipstream(*command, "--dtype", "float32", "--draft", "ngram", "--compiled").out == plain != ""
+    assert order[: order.index("shown")].count("compiled") > 1  # the look whether anything compiles, and a warm-up
 
 
 def test_a_causal_lm_and_the_text_itself_can_draft(slipstream, tiny_target_folder):

@@ -70,6 +70,9 @@ def generate(
     if schedule is not None:
         decoder.policy = replace(decoder.policy, speculation=Speculation(schedule))
     tokenizer = decoder.target.chat_tokenizer
+    if compiled:  # now, so that no answer's statistics tell of it
+        greeting = torch.tensor([decoder.target.encode_prompt([{"role": "user", "content": "Hello"}])])
+        decoder.generate(greeting, max_new_tokens=4, eos_token_id=None)
     messages: list[dict[str, str]] = []
     while message := prompt if prompt is not None else _ask():
         messages.append({"role": "user", "content": message})
