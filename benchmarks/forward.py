@@ -40,7 +40,7 @@ def _behind(target: Target, context: int) -> Callable[[int], None]:
         tokens = how.size(tokens) if how else tokens
         ids = torch.randint(0, target.vocab_size, (1, tokens))
         visible, positions = cache.visible(causal(tokens, 1, ids.device)), torch.arange(tokens)[None] + context
-        target.forward(ids, position_ids=positions, visible=visible, cache=cache, compiled=bool(how))
+        target.forward(ids, position_ids=positions, visible=visible, cache=cache)
         cache.rollback()
 
     return forward

@@ -160,11 +160,12 @@ class TreeCache(Cache):
     @compiled.setter
     def compiled(self, value: Compilation | None) -> None:
         self.rows.compiled = value
-        if value is not None and self.rows.tensor.is_cuda:
+        if value is None:
+            return
+        if self.rows.tensor.is_cuda:
             self.mark_static()
-        if value is not None:
-            for buffer in self._buffers:
-                value.vary(buffer, 2)
+        for buffer in self._buffers:
+            value.vary(buffer, 2)
 
     @property
     def _buffers(self) -> list[Tensor]:

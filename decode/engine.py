@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from transformers.generation.streamers import BaseStreamer
 
     from slipstream.decode.recorder import Observer
+    from slipstream.decode.speculation import Controller
     from slipstream.decode.tree import TreeShape
     from slipstream.distill.target import Target
 
@@ -357,21 +358,7 @@ class Decoder:
             else:
                 left = target.context - max(batch.lengths)
                 shape = shape.within(left if static or request.temperature else min(left, max(batch.room)))
-                tree = drafter.propose(
-                    Round(
-                        ids=batch.ids,
-                        text=batch.text,
-                        lengths=batch.lengths,
-                        features=features,
-                        fresh=fresh,
-                        shape=shape,
-                        temperature=request.temperature,
-                        generators=[request.generators[place] for place in batch.places],
-                        enough=controller.enough,
-                        filler=min(request.stops, default=0),
-                        static=static,
-                    )
-                )
+                tree = drafter.propose(_round(batch, request, controller, shape, features, fresh, static))
                 features, fresh = features[:, :0], [0] * len(going)
             fed = _filled(tree, shape, compiled)
             drafted = time.perf_counter()
@@ -381,7 +368,6 @@ class Decoder:
                 position_ids=fed.depths + cache.rows.tensor[:, None],
                 visible=None if plain else cache.visible(fed.ancestors),
                 cache=cache,
-                compiled=bool(compiled),
             )
             logits = out.logits[:, : tree.nodes]
             verified = time.perf_counter()
@@ -395,6 +381,31 @@ class Decoder:
                 request.observer.round(batch.places, tree, logits, verdict, times)
                 begun, seen = begun + time.perf_counter() - judged, time.perf_counter()
             features, fresh = _append(features, fresh, out.features, verdict.paths)
+
+
+def _round(
+    batch: Batch,
+    request: _Request,
+    controller: Controller,
+    shape: TreeShape,
+    features: Tensor,
+    fresh: list[int],
+    static: bool,
+) -> Round:
+    """What the drafter is told."""
+    return Round(
+        ids=batch.ids,
+        text=batch.text,
+        lengths=batch.lengths,
+        features=features,
+        fresh=fresh,
+        shape=shape,
+        temperature=request.temperature,
+        generators=[request.generators[place] for place in batch.places],
+        enough=controller.enough,
+        filler=min(request.stops, default=0),
+        static=static,
+    )
 
 
 def _filled(tree: Tree, shape: TreeShape | None, compiled: Compilation | None) -> Tree:

@@ -235,7 +235,7 @@ def target_costs(target: Target, nodes: int, repeats: int = 3) -> dict[int, floa
             visible = cache.visible(causal(size, 1, ids.device))
             positions = torch.arange(behind, behind + size, device=ids.device).clamp(max=target.context - 1)[None]
             begun = time.perf_counter()
-            out = target.forward(ids, position_ids=positions, visible=visible, cache=cache, compiled=bool(how))
+            out = target.forward(ids, position_ids=positions, visible=visible, cache=cache)
             out.logits.flatten()[0].item()  # waits for a card
             times.append(time.perf_counter() - begun)
             cache.rollback()

@@ -28,8 +28,9 @@ FEW = 64
 
 def _kernel_wins(query: Tensor) -> bool:
     """Whether torch's kernel is the faster one for these queries."""
-    amx = query.dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported()
-    return query.device.type != "cpu" or query.shape[2] < FEW or amx
+    if query.device.type != "cpu" or query.shape[2] < FEW:
+        return True
+    return query.dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported()
 
 
 class _Texts(NamedTuple):

@@ -21,11 +21,6 @@ SIZES = (1, 4, 8, 12, 16, 24, 32, 48, 64)
 _GRAPHS = 64  # of one function: one per size of tree and of cache
 
 
-def bucket(size: int) -> int:
-    """The least of `SIZES` that is not below `size`; beyond them, `size` itself."""
-    return next((n for n in SIZES if n >= size), size)
-
-
 def require_compiler(device: torch.device) -> None:
     """Make sure that something can be compiled for a device.
 
@@ -59,9 +54,14 @@ class Compilation:
         return cls(device.type != "cpu")
 
     def size(self, tokens: int, most: int = 0) -> int:
-        """Tokens to which a forward is filled up, `most` being what is to be expected of the next ones."""
-        # Of a single token torch would make a graph apart.
-        return bucket(max(tokens, most)) if self.static else max(2, tokens)
+        """Tokens to which a forward is filled up, `most` being what is to be expected of the next ones.
+
+        A static one to the least of `SIZES` that holds them, if any does.
+        """
+        if not self.static:
+            return max(2, tokens)  # of a single token torch would make a graph apart
+        wanted = max(tokens, most)
+        return next((n for n in SIZES if n >= wanted), wanted)
 
     def vary(self, x: Tensor, *dims: int) -> None:
         """Say that these dimensions of an input are other ones in other calls."""

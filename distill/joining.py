@@ -8,7 +8,6 @@ import torch
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 
 from slipstream.distill import packing
-from slipstream.distill.packing import like_packed_linears
 
 if TYPE_CHECKING:
     from torch.fx import Graph, Node
@@ -36,7 +35,7 @@ class JoinSiblings(CustomGraphPass):
         values = [weight.meta["val"] for weight in weights]
         with graph.inserting_before(nodes[0]):
             joined = graph.call_function(torch.ops.slipstream.packed_linears.default, (x, weights))
-            joined.meta["val"] = like_packed_linears(x.meta["val"], values)
+            joined.meta["val"] = packing.like_packed_linears(x.meta["val"], values)
             last, start = joined.meta["val"].ndim - 1, 0
             for node, value in zip(nodes, values, strict=True):
                 end = start + value.shape[0]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from typing import TYPE_CHECKING, Any
 
+import torch
 from transformers import PreTrainedModel
 
 from slipstream.configs.errors import SlipstreamError
@@ -30,6 +31,18 @@ def require_support(model: PreTrainedModel, name: str) -> None:
     reason = next(_obstacles(model, model.config.get_text_config()), None)
     if reason is not None:
         raise SlipstreamError(f"{name} {reason}")
+
+
+def require_causal(model: PreTrainedModel, name: str) -> None:
+    """Make sure that no token sees a later one: an encoder with a language-model head loads as a causal LM.
+
+    Raises:
+        SlipstreamError: If one does.
+    """
+    with torch.no_grad():
+        first, second = model(input_ids=torch.tensor([[1, 1], [1, 2]], device=model.device)).logits[:, 0].float()
+    if not torch.allclose(first, second, atol=1e-3, rtol=1e-2):
+        raise SlipstreamError(f"target {name!r} is no causal language model: earlier tokens see later ones")
 
 
 def _obstacles(model: PreTrainedModel, config: PreTrainedConfig) -> Iterator[str]:

@@ -20,7 +20,7 @@ from slipstream.distill.compilation import Compilation
 from slipstream.distill.gguf import EMBEDDED, embedded_gguf, from_gguf
 from slipstream.distill.masks import layer_masks
 from slipstream.distill.packing import Packing, fold_rows, pack
-from slipstream.distill.support import context_of, require_row, require_support
+from slipstream.distill.support import context_of, require_causal, require_row, require_support
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -211,7 +211,6 @@ class Target:
         visible: Tensor | None = None,
         cache: Cache | None = None,
         logits_to_keep: int | Tensor = 0,
-        compiled: bool = False,
         features: bool = True,
     ) -> TargetOutput:
         """Run the target over `input_ids` [B, Q].
@@ -220,10 +219,9 @@ class Target:
             input_ids: Token ids.
             position_ids: [B, Q]; needed where tokens are not consecutive.
             visible: Bool [B, Q, K], which of the K cached and new tokens each query may see; None is plain causal.
-            cache: Keys and values so far; None computes without one.
+            cache: Keys and values so far; None computes without one. Over a `TreeCache` that is `compiled`, after
+                `compile()`, it runs through `torch.compile`, and needs positions and `visible`.
             logits_to_keep: As in transformers: the last n, or the indices [kept] whose logits are wanted.
-            compiled: Run through `torch.compile`, after `compile()`: a tree over a `TreeCache` that was told how, with
-                positions and `visible`.
             features: Whether they are wanted, which keeps the states of all layers in memory until the forward ends.
         """
         mask = None if visible is None else layer_masks(self.config, self.dtype, visible, position_ids, cache)
@@ -231,13 +229,14 @@ class Target:
             with blocks.used():
                 return TargetOutput(*self._run(input_ids, mask, position_ids, cache, logits_to_keep, features))
         self._packing = self._packing or pack(self.model)
-        if compiled:
-            assert self.compiled is not None and position_ids is not None and mask is not None and visible is not None
+        how: Compilation | None = getattr(cache, "compiled", None)
+        if how is not None:
+            assert position_ids is not None and mask is not None and visible is not None
             cast("Any", cache).hand_out(visible.shape[2])
             for ids in (input_ids, position_ids):
-                self.compiled.vary(ids, 1)
+                how.vary(ids, 1)
             for kind in mask.values() if isinstance(mask, dict) else [mask]:
-                self.compiled.vary(kind, 2, 3)
+                how.vary(kind, 2, 3)
             with self._packing.used():
                 return TargetOutput(*self._compiled(input_ids, mask, position_ids, cache, logits_to_keep))
         with blocks.used(), self._packing.used():
@@ -387,14 +386,6 @@ def _tokenizer(name: str, place: str) -> PreTrainedTokenizerBase:
         raise SlipstreamError(f"target {name!r} has no tokenizer: {str(error).splitlines()[0]}") from error
 
 
-def _require_causal(model: PreTrainedModel, name: str) -> None:
-    """An encoder with a language-model head loads as a causal LM; whether a later token is seen tells them apart."""
-    with torch.no_grad():
-        first, second = model(input_ids=torch.tensor([[1, 1], [1, 2]], device=model.device)).logits[:, 0].float()
-    if not torch.allclose(first, second, atol=1e-3, rtol=1e-2):
-        raise SlipstreamError(f"target {name!r} is no causal language model: earlier tokens see later ones")
-
-
 def find_device(asked: str | None, index: int = 0) -> str:
     """The device asked for, if it is here; by default a card where there is one, of several the given one.
 
@@ -453,6 +444,6 @@ def load_target(
             model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
         except (OSError, ValueError) as error:
             raise SlipstreamError(f"adapter {adapter!r} cannot be loaded: {str(error).splitlines()[0]}") from error
-    _require_causal(model, name)
+    require_causal(model, name)
     model.config.name_or_path = name
     return Target(model, tokenizer, name=name, layer_ids=layer_ids, think=think)

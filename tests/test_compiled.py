@@ -277,7 +277,7 @@ def test_what_a_graph_writes_to_stays_where_it_is(monkeypatch):
     cache.mark_static()
     visible = cache.visible(causal(4, 1, torch.device("cpu")))
     positions = torch.arange(9, 13)[None]
-    target.forward(prompt(4), position_ids=positions, visible=visible, cache=cache, compiled=True)
+    target.forward(prompt(4), position_ids=positions, visible=visible, cache=cache)
     ((written, static),) = found
     assert len(written) == 2 * 3  # keys and values
     assert written <= static

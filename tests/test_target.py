@@ -172,9 +172,7 @@ def test_compiled_forwards_use_packed_weights_and_forget_them_with_the_model(arc
     for how in (None, target.compiled):
         cache.compiled = how
         visible, positions = cache.visible(causal(4, 1, torch.device("cpu"))), torch.arange(9, 13)[None]
-        outs.append(
-            target.forward(ids[:, :4], position_ids=positions, visible=visible, cache=cache, compiled=bool(how))
-        )
+        outs.append(target.forward(ids[:, :4], position_ids=positions, visible=visible, cache=cache))
         cache.rollback()
     eager, compiled = outs
     torch.testing.assert_close(compiled.logits, eager.logits, rtol=0.05, atol=0.1)
@@ -184,7 +182,7 @@ def test_compiled_forwards_use_packed_weights_and_forget_them_with_the_model(arc
     assert len(packing._JOINED) == held[1] + 2 * (2 if architecture == "llama" else 1)
     target.model.float().bfloat16()  # the weights lie elsewhere then
     cache.compiled = target.compiled
-    again = target.forward(ids[:, :4], position_ids=positions, visible=visible, cache=cache, compiled=True)
+    again = target.forward(ids[:, :4], position_ids=positions, visible=visible, cache=cache)
     torch.testing.assert_close(again.logits, eager.logits, rtol=0.05, atol=0.1)
     del target, cache, eager, compiled, outs, again
     gc.collect()
