@@ -26,6 +26,7 @@ from slipstream.distill.draft import DraftHead
 from slipstream.distill.heads import new_head
 from slipstream.distill.target import Target, load_target
 from slipstream.distill.unroll import Distillation, labelled_rows
+from slipstream.train.launch import keep_freed_memory
 
 STEPS = 3
 SHAPES = {  # of Llamas with random weights and the vocabulary of Llama 3: a small one, and Llama 3.1 itself
@@ -114,6 +115,8 @@ def one(kind: str, case: str, length: int, rounds: int, device: str) -> None:
     mask = torch.ones_like(ids, dtype=torch.bool)
     mask[:, : length // 5] = False  # prompts
     scale = torch.tensor([0.8**k for k in range(STEPS)], device=device) / labelled_rows(mask, STEPS).sum()
+    if kind == "ours":
+        keep_freed_memory()  # as a training does
     _forget_peak(device)
     before = _peak(device)
     seconds = []

@@ -1,8 +1,13 @@
-"""Attention of the unrolled head: causal over the first step's keys, diagonal over the later steps' own rows."""
+"""Attention of the unrolled head: causal over the first step's keys, diagonal over the later steps' own rows.
+
+The causal part gives its log-sum-exp, by which the diagonal terms are merged (as FlashAttention and ring attention merge
+blocks of keys). On the way back it is given the merged output and log-sum-exp: its weights are then those under the common
+softmax, and its gradients the whole's.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -11,13 +16,21 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 
-_Starts = tuple["Tensor", "list[int]"]
-"""Where each row's conversation begins, [1, L], on the device and on the host."""
-
-
 def block_size(device: str) -> int:
     """Queries of a block: on a CPU its scores stay in a core's cache, elsewhere there are fewer launches."""
     return 64 if device == "cpu" else 512
+
+
+def has_amx(x: Tensor) -> bool:
+    """Whether torch's own kernel multiplies this type in AMX tiles: there it is faster than blocks of matrix products."""
+    return x.is_cpu and x.dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported()
+
+
+def spans(starts: Tensor) -> list[slice]:
+    """The places of the texts of a row, of where each token's begins, [1, L]."""
+    first = starts[0].unique_consecutive()
+    ends = torch.cat([first[1:], first.new_tensor([starts.shape[1]])])
+    return [slice(begin, end) for begin, end in zip(first.tolist(), ends.tolist(), strict=True)]
 
 
 class UnrollAttention:
@@ -35,10 +48,10 @@ class UnrollAttention:
     """
 
     def __init__(self, starts: Tensor | None = None) -> None:
-        self._starts = None if starts is None else (starts, starts[0].tolist())
-        self._steps: dict[int, tuple[list[Tensor], list[Tensor]]] = {}  # keys and values of a layer
+        self._texts = [slice(None)] if starts is None else spans(starts)
+        self._steps: dict[int, list[tuple[Tensor, Tensor]]] = {}  # keys and values of a layer
 
-    @torch.compiler.disable  # keeps a state, and its blocks are of many lengths
+    @torch.compiler.disable  # keeps a state, and its texts are of many lengths
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, layer: int) -> Tensor:
         """Attend from step `len(calls of this layer so far)`.
 
@@ -49,98 +62,154 @@ class UnrollAttention:
             layer: Whose keys these are.
         """
         query, key = query.to(value.dtype), key.to(value.dtype)
-        keys, values = self._steps.setdefault(layer, ([], []))
-        keys.append(key)
-        values.append(value)
-        out: Tensor = _Blocked.apply(query, keys[0], values[0], _stacked(keys), _stacked(values), self._starts)
+        steps = self._steps.setdefault(layer, [])
+        steps.append((key, value))
+        kernel = TorchKernel if has_amx(query) else BlockKernel
+        keys, values = zip(*steps, strict=True)
+        out: Tensor = _Merged.apply(kernel, self._texts, query, *keys, *values)
         return out
 
 
-def _stacked(steps: list[Tensor]) -> Tensor:
-    """Those of steps 1..k, [k, ..]."""
-    return torch.stack(steps[1:]) if len(steps) > 1 else steps[0].new_empty(0, *steps[0].shape)
-
-
-class _Blocked(torch.autograd.Function):
-    """Softmax attention over causal keys [B, groups, L, d] and k of each row's own [k, B, groups, L, d].
-
-    Inside, queries have their group's dimension: [B, groups, heads of a group, L, d].
-    """
+class Kernel(Protocol):
+    """Causal attention of one text, whose queries are scaled by d^-0.5 within."""
 
     @staticmethod
-    def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, starts: _Starts | None
-    ) -> Tensor:
-        ctx.save_for_backward(query, key, value, keys, values)
-        ctx.starts = starts
-        out = torch.empty_like(query)
-        grouped = out.unflatten(1, (key.shape[1], -1))
-        for at, seen, weights, _ in _weights(query, key, keys, starts):
-            causal, own = weights.to(value.dtype).split([seen.stop - seen.start, len(keys)], -1)
-            grouped[:, :, :, at] = _product(causal, value[:, :, seen])
-            grouped[:, :, :, at] += (own.movedim(-1, 0)[..., None] * values[:, :, :, None, at]).sum(0)
+    def forward(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Output [B, heads, L, d] and the log-sum-exp of the scores, fp32 [B, heads, L]."""
+
+    @staticmethod
+    def backward(
+        grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, total: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of query, key and value, from an output and log-sum-exp that may have taken in other keys as well."""
+
+
+class TorchKernel:
+    """torch's own for the CPU, which is what `scaled_dot_product_attention` runs there."""
+
+    @staticmethod
+    def forward(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """As `Kernel` says."""
+        out, total = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, True)
+        return out, total
+
+    @staticmethod
+    def backward(
+        grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, total: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """As `Kernel` says."""
+        back = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+        down: tuple[Tensor, Tensor, Tensor] = back(grad, query, key, value, out, total, 0.0, True)
+        return down
+
+
+class BlockKernel:
+    """Plain matrix products, one block of queries at a time, for any device."""
+
+    @staticmethod
+    def forward(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """As `Kernel` says."""
+        out, total = torch.empty_like(query), query.new_empty(query.shape[:-1], dtype=torch.float32)
+        for at, seen, scores, _ in _blocks(query, key):
+            total[:, :, at] = scores.logsumexp(-1)
+            weights = scores.sub_(total[:, :, at, None]).exp_().to(value.dtype)
+            out[:, :, at] = _product(weights, value[:, :, seen])
+        return out, total
+
+    @staticmethod
+    def backward(
+        grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, total: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """As `Kernel` says."""
+        grad_query = torch.empty_like(query)
+        grad_key, grad_value = (torch.zeros_like(x, dtype=torch.float32) for x in (key, value))
+        delta = (grad * out).sum(-1, keepdim=True, dtype=torch.float32)
+        for at, seen, scores, block in _blocks(query, key):
+            slope = grad[:, :, at]
+            weights = scores.sub_(total[:, :, at, None]).exp_()
+            down = _product(slope, value[:, :, seen].transpose(-1, -2)).float()
+            down = down.sub_(delta[:, :, at]).mul_(weights).to(value.dtype)
+            grad_value[:, :, seen] += _of_group(weights.to(value.dtype), key).transpose(-1, -2) @ _of_group(slope, key)
+            grad_key[:, :, seen] += _of_group(down, key).transpose(-1, -2) @ _of_group(block, key)
+            grad_query[:, :, at] = _product(down, key[:, :, seen])
+        grad_query *= query.shape[-1] ** -0.5
+        return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype)
+
+
+class _Merged(torch.autograd.Function):
+    """Softmax attention over a text's causal keys and any number of each row's own."""
+
+    @staticmethod
+    def forward(ctx: Any, kernel: type[Kernel], texts: list[slice], query: Tensor, *cached: Tensor) -> Tensor:
+        key, *keys = cached[: len(cached) // 2]
+        value, *values = cached[len(cached) // 2 :]
+        parts = [kernel.forward(query[:, :, at], key[:, :, at], value[:, :, at]) for at in texts]
+        out, total = (torch.cat(part, 2) if len(texts) > 1 else part[0] for part in zip(*parts, strict=True))
+        if keys:
+            own = torch.stack([_own_scores(query, key) for key in keys])  # [k, B, heads, L]
+            causal, total = total, torch.logaddexp(total, own.logsumexp(0))
+            out = out * (causal - total).exp().to(out.dtype)[..., None]
+            for score, value in zip(own, values, strict=True):
+                weight = (score - total).exp().to(out.dtype)
+                _grouped(out, value).add_(_grouped(weight[..., None], value) * value[:, :, None])
+        ctx.save_for_backward(query, out, total, *cached)
+        ctx.kernel, ctx.texts = kernel, texts
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        query, key, value, keys, values = ctx.saved_tensors
-        scale = query.shape[-1] ** -0.5
-        grad = grad.unflatten(1, (key.shape[1], -1))
-        grad_query, grad_keys, grad_values = torch.empty_like(grad), torch.empty_like(keys), torch.empty_like(values)
-        grad_key, grad_value = (torch.zeros_like(x, dtype=torch.float32) for x in (key, value))
-        for at, seen, weights, block in _weights(query, key, keys, ctx.starts):
-            slope = grad[:, :, :, at]
-            down = _scores(slope, value, values, at, seen)
-            down -= (weights * down).sum(-1, keepdim=True)
-            down *= weights
-            (causal, own), (down, own_down) = (
-                x.to(value.dtype).split([seen.stop - seen.start, len(keys)], -1) for x in (weights, down)
-            )
-            grad_value[:, :, seen] += causal.flatten(2, 3).transpose(-1, -2) @ slope.flatten(2, 3)
-            grad_key[:, :, seen] += down.flatten(2, 3).transpose(-1, -2) @ block.flatten(2, 3)
-            grad_values[:, :, :, at] = (own.movedim(-1, 0)[..., None] * slope).sum(3)
-            own_down = own_down.movedim(-1, 0)[..., None]
-            grad_keys[:, :, :, at] = (own_down * block).sum(3)
-            grad_query[:, :, :, at] = _product(down, key[:, :, seen])
-            grad_query[:, :, :, at] += (own_down * keys[:, :, :, None, at]).sum(0)
-        grad_query *= scale
-        grads = (grad_query.flatten(1, 2), grad_key.to(key.dtype), grad_value.to(value.dtype), grad_keys, grad_values)
-        return *grads, None
+        query, out, total, *cached = ctx.saved_tensors
+        key, *keys = cached[: len(cached) // 2]
+        value, *values = cached[len(cached) // 2 :]
+        parts = [ctx.kernel.backward(*(x[:, :, at] for x in (grad, query, key, value, out, total))) for at in ctx.texts]
+        down, grad_key, grad_value = (
+            torch.cat(part, 2) if len(parts) > 1 else part[0] for part in zip(*parts, strict=True)
+        )
+        grad_keys, grad_values = [grad_key], [grad_value]
+        if keys:
+            scale = query.shape[-1] ** -0.5
+            delta = (grad * out).sum(-1, dtype=torch.float32)
+            slope, query = _grouped(grad, key), _grouped(query, key)
+            for key, value in zip(keys, values, strict=True):
+                weight = (_own_scores(query.flatten(1, 2), key) - total).exp()
+                back = (slope * value[:, :, None]).sum(-1, dtype=torch.float32).flatten(1, 2)
+                back = ((back - delta) * weight * scale).to(query.dtype)[..., None]
+                back, weight = _grouped(back, key), _grouped(weight.to(query.dtype)[..., None], key)
+                _grouped(down, key).add_(back * key[:, :, None])
+                grad_keys.append((back * query).sum(2))
+                grad_values.append((weight * slope).sum(2))
+        return None, None, down, *grad_keys, *grad_values
 
 
-def _weights(
-    query: Tensor, key: Tensor, keys: Tensor, starts: _Starts | None
-) -> Iterator[tuple[slice, slice, Tensor, Tensor]]:
-    """Block by block: its rows, the causal keys they see, what they give to these and to their own, its scaled queries.
+def _grouped(x: Tensor, shared: Tensor) -> Tensor:
+    """[B, heads, L, n] with the dimension of their group, [B, groups, heads of a group, L, n]."""
+    return x.unflatten(1, (shared.shape[1], -1))
 
-    Weights are fp32 [B, groups, heads of a group, block, seen + k].
-    """
-    query = (query * query.shape[-1] ** -0.5).unflatten(1, (key.shape[1], -1))
-    length = query.shape[3]
+
+def _own_scores(query: Tensor, key: Tensor) -> Tensor:
+    """Scaled products of each row's queries with its own key, fp32 [B, heads, L]."""
+    products = (_grouped(query, key) * key[:, :, None]).sum(-1, dtype=torch.float32)
+    return products.flatten(1, 2) * query.shape[-1] ** -0.5
+
+
+def _blocks(query: Tensor, key: Tensor) -> Iterator[tuple[slice, slice, Tensor, Tensor]]:
+    """Block by block: its rows, the keys they see, its scores, fp32 [B, heads, block, seen], and its scaled queries."""
+    query = query * query.shape[-1] ** -0.5
     size = block_size(query.device.type)
     future = torch.ones(size, size, dtype=torch.bool, device=query.device).triu(1)
-    for start in range(0, length, size):
-        at = slice(start, min(start + size, length))
-        block = query[:, :, :, at]
-        rows = block.shape[3]
-        seen = slice(0 if starts is None else starts[1][start], at.stop)
-        scores = _scores(block, key, keys, at, seen)
-        scores[..., start - seen.start : seen.stop - seen.start].masked_fill_(future[:rows, :rows], float("-inf"))
-        if starts is not None:
-            before = torch.arange(seen.start, seen.stop, device=query.device) < starts[0][0, at, None]
-            scores[..., : before.shape[1]].masked_fill_(before, float("-inf"))
-        yield at, seen, torch.softmax(scores, -1), block
+    for start in range(0, query.shape[2], size):
+        at = slice(start, min(start + size, query.shape[2]))
+        block, rows = query[:, :, at], at.stop - start
+        scores = _product(block, key[:, :, : at.stop].transpose(-1, -2)).float()
+        scores[..., start:].masked_fill_(future[:rows, :rows], float("-inf"))
+        yield at, slice(0, at.stop), scores, block
 
 
-def _scores(block: Tensor, causal: Tensor, own: Tensor, at: slice, seen: slice) -> Tensor:
-    """Products of a block's rows with the causal vectors they see and with their own k, fp32 [.., block, seen + k]."""
-    count = seen.stop - seen.start
-    scores = block.new_empty(*block.shape[:-1], count + len(own), dtype=torch.float32)
-    scores[..., :count] = _product(block, causal[:, :, seen].transpose(-1, -2))
-    scores[..., count:] = (block * own[:, :, :, None, at]).sum(-1).movedim(0, -1)
-    return scores
+def _of_group(x: Tensor, shared: Tensor) -> Tensor:
+    """[B, heads, rows, n] as the rows of all heads of a group, [B, groups, heads of a group x rows, n]."""
+    return _grouped(x, shared).flatten(2, 3)
 
 
-def _product(grouped: Tensor, shared: Tensor) -> Tensor:
-    """[B, groups, heads, rows, n] times [B, groups, n, m], as one matrix product for all heads of a group."""
-    return (grouped.flatten(2, 3) @ shared).unflatten(2, grouped.shape[2:4])
+def _product(x: Tensor, shared: Tensor) -> Tensor:
+    """[B, heads, rows, n] times [B, groups, n, m], as one matrix product for all heads of a group."""
+    return (_of_group(x, shared) @ shared).view(*x.shape[:-1], shared.shape[-1])

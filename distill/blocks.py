@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from slipstream.distill.attention import block_size
+from slipstream.distill.attention import block_size, has_amx, spans
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -28,9 +28,7 @@ FEW = 64
 
 def _kernel_wins(query: Tensor) -> bool:
     """Whether torch's kernel is the faster one for these queries."""
-    if query.device.type != "cpu" or query.shape[2] < FEW:
-        return True
-    return query.dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported()
+    return not query.is_cpu or query.shape[2] < FEW or has_amx(query)
 
 
 class _Texts(NamedTuple):
@@ -46,11 +44,11 @@ class _Texts(NamedTuple):
 
     @classmethod
     def of(cls, starts: Tensor, masks: Sequence[Tensor]) -> _Texts:
-        first = starts[0].unique_consecutive()
-        ends = torch.cat([first[1:], first.new_tensor([starts.shape[1]])])
+        places = spans(starts)
+        first, last = [at.start for at in places], [at.stop - 1 for at in places]
         # A sliding window hides the first token from the last, if it hides anything.
-        causal = {mask.data_ptr() for mask in masks if bool((mask[0, 0, ends - 1, first] == 0).all())}
-        return cls([slice(begin, end) for begin, end in zip(first.tolist(), ends.tolist(), strict=True)], causal)
+        causal = {mask.data_ptr() for mask in masks if bool((mask[0, 0, last, first] == 0).all())}
+        return cls(places, causal)
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, *, causal: bool) -> Tensor:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 CHUNK = 2**20  # logits of the draft at once; in fp32 they stay in a CPU's cache
 GROUP = 512  # rows whose slopes become gradients together: adding to a matrix as large as lm_head is not free
+PART = 1024  # rows of lm_head whose gradients are made at once: they stay in a CPU's cache until they are added up
 TEACHER_CHUNK = 3 * 2**20  # logits of the target at once, in fp32
 TEACHER_GROUP = 4  # chunks whose logits the target's output layer gives at once
 
@@ -99,7 +100,9 @@ class _ChunkedLoss(torch.autograd.Function):
             if ctx.grads[0] is not None:
                 ctx.grads[0][first : first + len(group)] = torch.mm(slopes[: len(group)], weight)
             if ctx.grads[1] is not None:
-                ctx.grads[1].add_(torch.mm(slopes[: len(group)].T, group))
+                for start in range(0, len(weight), PART):
+                    part = slice(start, start + PART)
+                    ctx.grads[1][part] += torch.mm(slopes[: len(group), part].T, group)
         losses.masked_fill_(scale == 0, 0.0)
         ctx.mark_non_differentiable(losses, guess)
         return (losses * scale).sum(), losses, guess

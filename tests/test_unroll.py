@@ -13,6 +13,7 @@ from slipstream.data.batches import join
 from slipstream.decode.evidence import LogitEvidence
 from slipstream.decode.tree import make_tree
 from slipstream.decode.verify import Spent, Verifier, decide_greedily
+from slipstream.distill import attention
 from slipstream.distill.attention import UnrollAttention
 from slipstream.distill.objectives import (
     MARGIN_AWARE,
@@ -116,7 +117,9 @@ def attend_densely(query, key, value, keys, values):
 
 @pytest.mark.parametrize("length", [5, 64, 150])
 @pytest.mark.parametrize(("dtype", "close"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
-def test_blocked_attention_and_its_gradients_are_those_of_the_definition(dtype, close, length):
+@pytest.mark.parametrize("amx", [True, False])
+def test_merged_attention_and_its_gradients_are_those_of_the_definition(dtype, close, length, amx, monkeypatch):
+    monkeypatch.setattr(attention, "has_amx", lambda x: amx)
     draw = torch.Generator().manual_seed(0)
     sizes = [(2, 4, length, 16), *[(2, 2, length, 16)] * 6]
     parts = [torch.randn(size, generator=draw).to(dtype).requires_grad_() for size in sizes]

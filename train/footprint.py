@@ -157,11 +157,9 @@ def _loss_bytes(recipe: Recipe, head: DraftHead) -> int:
     width, vocabulary = head.config.hidden_size, head.config.draft_vocab_size
     outputs = recipe.distill.steps * rows * length
     mixed = recipe.train.mixed_precision == "bf16"
-    precision, copies = (
-        (2, 1) if mixed else (4, 0)
-    )  # of the output layer, beside its gradients and the last part of them
+    precision, copies = (2, 1) if mixed else (4, 0)  # of the output layer, beside its gradients
     trained = sum(p.numel() for p in head.lm_head.parameters() if p.requires_grad)
-    layer = vocabulary * width * precision * copies + trained * (4 + precision)
+    layer = vocabulary * width * precision * copies + trained * 4
     slopes = min(GROUP, outputs) * vocabulary * precision
     made = max(_OBJECTIVE.get(name, 8) for name in recipe.distill.objectives)
     return outputs * width * precision + layer + slopes + made * 4 * min(CHUNK, outputs * vocabulary)
