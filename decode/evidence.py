@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
+from slipstream.distill.largest import Largest
+
 if TYPE_CHECKING:
     from slipstream.decode.tree import Tree
 
@@ -59,12 +61,13 @@ class LogitEvidence:
     def __init__(self, tree: Tree, logits: Tensor) -> None:
         self.tree = tree
         self.logits = logits
+        self._of = Largest(logits)
         self._rows = torch.arange(len(logits), device=logits.device)
         self._best: Tensor | None = None  # the largest that were asked for so far
 
     @cached_property
     def _largest(self) -> tuple[Tensor, Tensor]:
-        values, tokens = self.logits.max(-1)  # on a CPU in bf16 ten times as fast as argmax
+        values, tokens = self._of.first()
         return values.float(), tokens
 
     @property
@@ -91,12 +94,12 @@ class LogitEvidence:
     def best(self, count: int) -> Tensor:
         count = min(count, self.logits.shape[-1])
         if self._best is None or self._best.shape[-1] < count:
-            self._best = self.logits.topk(count).values.float()
+            self._best = self._of.values(count).float()
         return self._best[..., :count]
 
     def margins(self, path: Tensor) -> Tensor:
         if self._best is None:
-            pair = self.logits[self._rows[:, None], path].topk(2).values.float()
+            pair = Largest(self.logits[self._rows[:, None], path]).values(2).float()
         else:
             pair = self.best(2)[self._rows[:, None], path]
         return pair[..., 0] - pair[..., 1]

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from slipstream.distill.largest import Largest
 from slipstream.distill.objectives import Teacher
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ def teach(
         for start in range(0, len(group), rows):
             chunk = buffer[: len(group) - start].copy_(group[start : start + rows])
             at = slice(first + start, first + start + len(chunk))
-            top, argmax[at] = chunk.max(-1)  # on a CPU faster than argmax
+            top, argmax[at] = Largest(chunk).first()
             chunk.sub_(top[:, None]).exp_()
             torch.div(chunk.index_select(1, vocabulary), chunk.sum(-1, keepdim=True), out=inside[at])
     if relaxation is None:
@@ -90,7 +91,7 @@ class _ChunkedLoss(torch.autograd.Function):
             for start in range(0, len(group), size):
                 logits = torch.mm(group[start : start + size], weight.T)
                 at = slice(first + start, first + start + len(logits))
-                guess[at] = logits.max(-1).indices
+                guess[at] = Largest(logits).first()[1]
                 with torch.set_grad_enabled(wanted):
                     loss = objective(logits.requires_grad_(wanted), teacher.take(rows[at]))
                     scaled = (loss * scale[at]).where(scale[at] > 0, 0.0).sum()
