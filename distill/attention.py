@@ -7,6 +7,7 @@ softmax, and its gradients the whole's.
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -28,9 +29,8 @@ def has_amx(x: Tensor) -> bool:
 
 def spans(starts: Tensor) -> list[slice]:
     """The places of the texts of a row, of where each token's begins, [1, L]."""
-    first = starts[0].unique_consecutive()
-    ends = torch.cat([first[1:], first.new_tensor([starts.shape[1]])])
-    return [slice(begin, end) for begin, end in zip(first.tolist(), ends.tolist(), strict=True)]
+    first = starts[0].unique_consecutive().tolist()
+    return [slice(begin, end) for begin, end in pairwise([*first, starts.shape[1]])]
 
 
 class UnrollAttention:
@@ -64,32 +64,33 @@ class UnrollAttention:
         query, key = query.to(value.dtype), key.to(value.dtype)
         steps = self._steps.setdefault(layer, [])
         steps.append((key, value))
-        kernel = TorchKernel if has_amx(query) else BlockKernel
+        kernel = _TorchKernel if has_amx(query) else _BlockKernel
         keys, values = zip(*steps, strict=True)
         out: Tensor = _Merged.apply(kernel, self._texts, query, *keys, *values)
         return out
 
 
-class Kernel(Protocol):
-    """Causal attention of one text, whose queries are scaled by d^-0.5 within."""
+class _Kernel(Protocol):
+    """Causal attention of one text.
+
+    `forward` gives the output [B, heads, L, d] and the log-sum-exp of the scores, fp32 [B, heads, L]; `backward` the gradients
+    of query, key and value, from an output and a log-sum-exp that may have taken in other keys as well.
+    """
 
     @staticmethod
-    def forward(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Output [B, heads, L, d] and the log-sum-exp of the scores, fp32 [B, heads, L]."""
+    def forward(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]: ...
 
     @staticmethod
     def backward(
         grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, total: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of query, key and value, from an output and log-sum-exp that may have taken in other keys as well."""
+    ) -> tuple[Tensor, Tensor, Tensor]: ...
 
 
-class TorchKernel:
+class _TorchKernel:
     """torch's own for the CPU, which is what `scaled_dot_product_attention` runs there."""
 
     @staticmethod
     def forward(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """As `Kernel` says."""
         out, total = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, True)
         return out, total
 
@@ -97,18 +98,20 @@ class TorchKernel:
     def backward(
         grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, total: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """As `Kernel` says."""
+        heads = query.shape[1] // key.shape[1]
+        # Every head is given its own keys: it shares its work out by these, and adds up in their type.
+        own = (x.repeat_interleave(heads, 1) for x in (key, value))
         back = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-        down: tuple[Tensor, Tensor, Tensor] = back(grad, query, key, value, out, total, 0.0, True)
-        return down
+        down, *grads = back(grad, query, *own, out, total, 0.0, True)
+        grad_key, grad_value = (_grouped(x, key).sum(2) for x in grads)
+        return down, grad_key, grad_value
 
 
-class BlockKernel:
+class _BlockKernel:
     """Plain matrix products, one block of queries at a time, for any device."""
 
     @staticmethod
     def forward(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """As `Kernel` says."""
         out, total = torch.empty_like(query), query.new_empty(query.shape[:-1], dtype=torch.float32)
         for at, seen, scores, _ in _blocks(query, key):
             total[:, :, at] = scores.logsumexp(-1)
@@ -120,7 +123,6 @@ class BlockKernel:
     def backward(
         grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, total: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """As `Kernel` says."""
         grad_query = torch.empty_like(query)
         grad_key, grad_value = (torch.zeros_like(x, dtype=torch.float32) for x in (key, value))
         delta = (grad * out).sum(-1, keepdim=True, dtype=torch.float32)
@@ -140,15 +142,16 @@ class _Merged(torch.autograd.Function):
     """Softmax attention over a text's causal keys and any number of each row's own."""
 
     @staticmethod
-    def forward(ctx: Any, kernel: type[Kernel], texts: list[slice], query: Tensor, *cached: Tensor) -> Tensor:
+    def forward(ctx: Any, kernel: type[_Kernel], texts: list[slice], query: Tensor, *cached: Tensor) -> Tensor:
         key, *keys = cached[: len(cached) // 2]
         value, *values = cached[len(cached) // 2 :]
-        parts = [kernel.forward(query[:, :, at], key[:, :, at], value[:, :, at]) for at in texts]
-        out, total = (torch.cat(part, 2) if len(texts) > 1 else part[0] for part in zip(*parts, strict=True))
+        out, total = torch.empty_like(query), query.new_empty(query.shape[:-1], dtype=torch.float32)
+        for at in texts:
+            out[:, :, at], total[:, :, at] = kernel.forward(query[:, :, at], key[:, :, at], value[:, :, at])
         if keys:
             own = torch.stack([_own_scores(query, key) for key in keys])  # [k, B, heads, L]
             causal, total = total, torch.logaddexp(total, own.logsumexp(0))
-            out = out * (causal - total).exp().to(out.dtype)[..., None]
+            out *= (causal - total).exp().to(out.dtype)[..., None]
             for score, value in zip(own, values, strict=True):
                 weight = (score - total).exp().to(out.dtype)
                 _grouped(out, value).add_(_grouped(weight[..., None], value) * value[:, :, None])
@@ -161,10 +164,10 @@ class _Merged(torch.autograd.Function):
         query, out, total, *cached = ctx.saved_tensors
         key, *keys = cached[: len(cached) // 2]
         value, *values = cached[len(cached) // 2 :]
-        parts = [ctx.kernel.backward(*(x[:, :, at] for x in (grad, query, key, value, out, total))) for at in ctx.texts]
-        down, grad_key, grad_value = (
-            torch.cat(part, 2) if len(parts) > 1 else part[0] for part in zip(*parts, strict=True)
-        )
+        down, grad_key, grad_value = (torch.empty_like(x) for x in (query, key, value))
+        for at in ctx.texts:
+            parts = ctx.kernel.backward(*(x[:, :, at] for x in (grad, query, key, value, out, total)))
+            down[:, :, at], grad_key[:, :, at], grad_value[:, :, at] = parts
         grad_keys, grad_values = [grad_key], [grad_value]
         if keys:
             scale = query.shape[-1] ** -0.5
@@ -196,7 +199,8 @@ def _blocks(query: Tensor, key: Tensor) -> Iterator[tuple[slice, slice, Tensor, 
     """Block by block: its rows, the keys they see, its scores, fp32 [B, heads, block, seen], and its scaled queries."""
     query = query * query.shape[-1] ** -0.5
     size = block_size(query.device.type)
-    future = torch.ones(size, size, dtype=torch.bool, device=query.device).triu(1)
+    most = min(size, query.shape[2])
+    future = torch.ones(most, most, dtype=torch.bool, device=query.device).triu(1)
     for start in range(0, query.shape[2], size):
         at = slice(start, min(start + size, query.shape[2]))
         block, rows = query[:, :, at], at.stop - start

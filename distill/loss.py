@@ -18,9 +18,14 @@ if TYPE_CHECKING:
 
 CHUNK = 2**20  # logits of the draft at once; in fp32 they stay in a CPU's cache
 GROUP = 512  # rows whose slopes become gradients together: adding to a matrix as large as lm_head is not free
-PART = 1024  # rows of lm_head whose gradients are made at once: they stay in a CPU's cache until they are added up
+PART = 1024
 TEACHER_CHUNK = 3 * 2**20  # logits of the target at once, in fp32
 TEACHER_GROUP = 4  # chunks whose logits the target's output layer gives at once
+
+
+def part_size(vocabulary: int, device: str) -> int:
+    """Rows of lm_head whose gradients are made at once: on a CPU they stay in its cache until they are added up."""
+    return min(PART, vocabulary) if device == "cpu" else vocabulary
 
 
 def teach(
@@ -85,7 +90,7 @@ class _ChunkedLoss(torch.autograd.Function):
             for x, needed in zip((hidden, output), ctx.needs_input_grad, strict=False)
         ]
         slopes = torch.empty(min(GROUP, len(x)) if wanted else 0, len(weight), dtype=dtype, device=x.device)
-        size = max(1, CHUNK // len(weight))
+        size, share = max(1, CHUNK // len(weight)), part_size(len(weight), kind)
         for first in range(0, len(x), GROUP):
             group = x[first : first + GROUP]
             for start in range(0, len(group), size):
@@ -101,8 +106,8 @@ class _ChunkedLoss(torch.autograd.Function):
             if ctx.grads[0] is not None:
                 ctx.grads[0][first : first + len(group)] = torch.mm(slopes[: len(group)], weight)
             if ctx.grads[1] is not None:
-                for start in range(0, len(weight), PART):
-                    part = slice(start, start + PART)
+                for start in range(0, len(weight), share):
+                    part = slice(start, start + share)
                     ctx.grads[1][part] += torch.mm(slopes[: len(group), part].T, group)
         losses.masked_fill_(scale == 0, 0.0)
         ctx.mark_non_differentiable(losses, guess)

@@ -231,7 +231,7 @@ class Target:
         self._packing = self._packing or pack(self.model)
         how: Compilation | None = getattr(cache, "compiled", None)
         if how is not None:
-            assert position_ids is not None and mask is not None and visible is not None
+            assert self.compiled is not None and position_ids is not None and mask is not None and visible is not None
             cast("Any", cache).hand_out(visible.shape[2])
             for ids in (input_ids, position_ids):
                 how.vary(ids, 1)

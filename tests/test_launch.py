@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import shutil
 import socket
 import subprocess
@@ -194,3 +195,27 @@ def test_slurm_starts_one_launcher_on_every_machine(tmp_path):
         }
         assert words[13:] == ["-m", "slipstream.cli", "train", "--config", "a recipe.yaml", ""]
     assert rank == 1
+
+
+FREED = """
+import resource, sys, torch
+from slipstream.train.launch import keep_freed_memory
+
+def taken():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    held = [torch.ones(5 << 20) for _ in range(3)]  # 20 MB each
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+if "keep" in sys.argv:
+    keep_freed_memory()
+print([taken() for _ in range(4)][-1])
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries are left as they are")
+def test_what_a_training_frees_is_not_taken_from_the_system_again():
+    lost, kept = (
+        int(subprocess.run([sys.executable, "-c", FREED, how], check=True, capture_output=True, text=True).stdout)
+        for how in ("return", "keep")
+    )
+    assert kept < 100 < lost  # pages

@@ -13,7 +13,7 @@ from slipstream.data.batches import join
 from slipstream.decode.evidence import LogitEvidence
 from slipstream.decode.tree import make_tree
 from slipstream.decode.verify import Spent, Verifier, decide_greedily
-from slipstream.distill import attention
+from slipstream.distill import attention, loss
 from slipstream.distill.attention import UnrollAttention
 from slipstream.distill.objectives import (
     MARGIN_AWARE,
@@ -115,15 +115,15 @@ def attend_densely(query, key, value, keys, values):
     return weights[..., :length] @ value + own.sum(0)
 
 
-@pytest.mark.parametrize("length", [5, 64, 150])
+@pytest.mark.parametrize(("length", "groups"), [(5, 2), (64, 4), (150, 1), (800, 2)])
 @pytest.mark.parametrize(("dtype", "close"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
 @pytest.mark.parametrize("amx", [True, False])
-def test_merged_attention_and_its_gradients_are_those_of_the_definition(dtype, close, length, amx, monkeypatch):
+def test_merged_attention_and_its_gradients_are_those_of_the_definition(dtype, close, length, groups, amx, monkeypatch):
     monkeypatch.setattr(attention, "has_amx", lambda x: amx)
     draw = torch.Generator().manual_seed(0)
-    sizes = [(2, 4, length, 16), *[(2, 2, length, 16)] * 6]
+    sizes = [(2, length, 4, 16), *[(2, length, groups, 16)] * 6]
     parts = [torch.randn(size, generator=draw).to(dtype).requires_grad_() for size in sizes]
-    query, key, value, *later = parts
+    query, key, value, *later = (part.transpose(1, 2) for part in parts)  # as projections come
     attend = UnrollAttention()
     first = attend(query, key, value, 0)
     attend(query, later[0], later[1], 0)
@@ -153,8 +153,9 @@ def test_padding_and_neighbours_in_the_batch_change_nothing():
     assert both.rows.tolist() == (one.rows + two.rows).tolist()
 
 
-@pytest.mark.parametrize("kind", HEADS)
-def test_conversations_in_one_row_teach_what_each_teaches_alone(kind):
+@pytest.mark.parametrize(("kind", "amx"), [*((kind, False) for kind in HEADS), ("eagle3", True)])
+def test_conversations_in_one_row_teach_what_each_teaches_alone(kind, amx, monkeypatch):
+    monkeypatch.setattr(attention, "has_amx", lambda x: amx)
     target = tiny_target()
     head = tiny_head(target, **HEADS[kind])
     target = target.reading(head.layer_ids)
@@ -195,7 +196,9 @@ def test_the_mask_belongs_to_the_predicted_token():
     assert out.rows.tolist() == [2, 1]  # at the second step only row 1 still has a label (token 4)
 
 
-def test_gradients_of_the_chunked_loss_are_those_of_autograd():
+@pytest.mark.parametrize("part", [loss.PART, 40])
+def test_gradients_of_the_chunked_loss_are_those_of_autograd(part, monkeypatch):
+    monkeypatch.setattr(loss, "PART", part)
     target = tiny_target()
     head = tiny_head(target)
     ids, mask = torch.arange(3, 23)[None], torch.ones(1, 20, dtype=torch.bool)

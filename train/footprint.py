@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from slipstream.distill.attention import UnrollAttention, block_size
 from slipstream.distill.draft import DraftConfig
-from slipstream.distill.loss import CHUNK, GROUP, TEACHER_CHUNK, TEACHER_GROUP
+from slipstream.distill.loss import CHUNK, GROUP, TEACHER_CHUNK, TEACHER_GROUP, part_size
 from slipstream.distill.shards import layers_of
 from slipstream.train.optimizer import make_optimizers
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 ANSWERS = 160  # rows that `slipstream regenerate` answers at once
 _OBJECTIVE = {"forward_kl": 5}  # tensors as large as a chunk's logits that it and its gradient make; others, 8
-_SCORES = 5  # tensors as large as a block's scores that attention makes on the way back
+_SCORES = 4  # tensors as large as a block's scores that attention makes on the way back
 _STATE = {torch.optim.AdamW: 8, torch.optim.Muon: 4}  # bytes an optimizer keeps of a weight
 
 
@@ -148,18 +148,21 @@ def unroll_bytes(recipe: Recipe, head: DraftHead, kind: str) -> int:
                     twin.normed(hidden.flatten(0, 1)[torch.arange(rows * length)])
                 )  # a graph lives by its end
     graph = sum(size for storage, size in kept.items() if storage not in own)
-    return features.nbytes + graph + max(_loss_bytes(recipe, head), _scores_bytes(recipe, head, kind))
+    return features.nbytes + graph + max(_loss_bytes(recipe, head, kind), _scores_bytes(recipe, head, kind))
 
 
-def _loss_bytes(recipe: Recipe, head: DraftHead) -> int:
+def _loss_bytes(recipe: Recipe, head: DraftHead, kind: str) -> int:
     """The loss makes its gradients on the way forward: of the outputs of all steps, and of the output layer."""
     rows, length = padded(recipe.data)
     width, vocabulary = head.config.hidden_size, head.config.draft_vocab_size
     outputs = recipe.distill.steps * rows * length
     mixed = recipe.train.mixed_precision == "bf16"
-    precision, copies = (2, 1) if mixed else (4, 0)  # of the output layer, beside its gradients
+    precision, copies = (
+        (2, 1) if mixed else (4, 0)
+    )  # of the output layer, beside its gradients and the last part of them
     trained = sum(p.numel() for p in head.lm_head.parameters() if p.requires_grad)
-    layer = vocabulary * width * precision * copies + trained * 4
+    part = part_size(vocabulary, kind) * width * precision if trained else 0
+    layer = vocabulary * width * precision * copies + trained * 4 + part
     slopes = min(GROUP, outputs) * vocabulary * precision
     made = max(_OBJECTIVE.get(name, 8) for name in recipe.distill.objectives)
     return outputs * width * precision + layer + slopes + made * 4 * min(CHUNK, outputs * vocabulary)

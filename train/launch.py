@@ -41,10 +41,10 @@ _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 
 
 def keep_freed_memory() -> None:
-    """Let this process keep memory that its tensors give back; otherwise glibc returns it, and fetches it page by page.
+    """Let this process, as long as it lives, keep what its tensors give back, in blocks of up to 32 MiB.
 
-    For a step over 1,024 tokens of SmolLM2-135M that is 27,000 pages, a sixth of its time (docs/benchmarks.md, "A training
-    step"). Other C libraries are left as they are.
+    Otherwise glibc returns it, and fetches it again page by page: for a step over 1,024 tokens of SmolLM2-135M 27,000
+    pages, a seventh of its time (docs/benchmarks.md, "A training step"). Other C libraries are left as they are.
     """
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
