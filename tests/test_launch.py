@@ -198,11 +198,11 @@ def test_slurm_starts_one_launcher_on_every_machine(tmp_path):
 
 
 FREED = """
-import sys, torch
+import resource, sys, torch
 from slipstream.train.launch import keep_freed_memory
 
 def resident():
-    return 4096 * int(open("/proc/self/statm").read().split()[1])
+    return resource.getpagesize() * int(open("/proc/self/statm").read().split()[1])
 
 if "keep" in sys.argv:
     keep_freed_memory()
