@@ -113,28 +113,29 @@ class _BlockKernel:
     @staticmethod
     def forward(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         out, total = torch.empty_like(query), query.new_empty(query.shape[:-1], dtype=torch.float32)
-        for at, seen, scores, _ in _blocks(query, key):
+        for at, seen, scores, _ in score_blocks(query, key, query.shape[-1] ** -0.5):
             total[:, :, at] = scores.logsumexp(-1)
             weights = scores.sub_(total[:, :, at, None]).exp_().to(value.dtype)
-            out[:, :, at] = _product(weights, value[:, :, seen])
+            out[:, :, at] = grouped_product(weights, value[:, :, seen])
         return out, total
 
     @staticmethod
     def backward(
         grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, total: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
+        scale = query.shape[-1] ** -0.5
         grad_query = torch.empty_like(query)
         grad_key, grad_value = (torch.zeros_like(x, dtype=torch.float32) for x in (key, value))
         delta = (grad * out).sum(-1, keepdim=True, dtype=torch.float32)
-        for at, seen, scores, block in _blocks(query, key):
+        for at, seen, scores, block in score_blocks(query, key, scale):
             slope = grad[:, :, at]
             weights = scores.sub_(total[:, :, at, None]).exp_()
-            down = _product(slope, value[:, :, seen].transpose(-1, -2)).float()
+            down = grouped_product(slope, value[:, :, seen].transpose(-1, -2)).float()
             down = down.sub_(delta[:, :, at]).mul_(weights).to(value.dtype)
             grad_value[:, :, seen] += _of_group(weights.to(value.dtype), key).transpose(-1, -2) @ _of_group(slope, key)
             grad_key[:, :, seen] += _of_group(down, key).transpose(-1, -2) @ _of_group(block, key)
-            grad_query[:, :, at] = _product(down, key[:, :, seen])
-        grad_query *= query.shape[-1] ** -0.5
+            grad_query[:, :, at] = grouped_product(down, key[:, :, seen])
+        grad_query *= scale
         return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype)
 
 
@@ -195,18 +196,32 @@ def _own_scores(query: Tensor, key: Tensor) -> Tensor:
     return products.flatten(1, 2) * query.shape[-1] ** -0.5
 
 
-def _blocks(query: Tensor, key: Tensor) -> Iterator[tuple[slice, slice, Tensor, Tensor]]:
-    """Block by block: its rows, the keys they see, its scores, fp32 [B, heads, block, seen], and its scaled queries."""
-    query = query * query.shape[-1] ** -0.5
+def score_blocks(
+    query: Tensor, key: Tensor, scale: float, *, causal: bool = True
+) -> Iterator[tuple[slice, slice, Tensor, Tensor]]:
+    """Attention scores [B, heads, block, seen], fp32, for one block of queries at a time.
+
+    Args:
+        query: [B, heads, Q, d].
+        key: [B, groups, K, d]; each serves heads / groups heads in a row.
+        scale: Of the scores.
+        causal: Query i sees the keys 0 .. i only.
+
+    Yields:
+        The block's queries, the keys they see, their scores, and the block itself, scaled.
+    """
+    query = query * scale
     size = block_size(query.device.type)
     most = min(size, query.shape[2])
     future = torch.ones(most, most, dtype=torch.bool, device=query.device).triu(1)
     for start in range(0, query.shape[2], size):
         at = slice(start, min(start + size, query.shape[2]))
+        seen = slice(0, at.stop if causal else key.shape[2])
         block, rows = query[:, :, at], at.stop - start
-        scores = _product(block, key[:, :, : at.stop].transpose(-1, -2)).float()
-        scores[..., start:].masked_fill_(future[:rows, :rows], float("-inf"))
-        yield at, slice(0, at.stop), scores, block
+        scores = grouped_product(block, key[:, :, seen].transpose(-1, -2)).float()
+        if causal:
+            scores[..., start:].masked_fill_(future[:rows, :rows], float("-inf"))
+        yield at, seen, scores, block
 
 
 def _of_group(x: Tensor, shared: Tensor) -> Tensor:
@@ -214,6 +229,6 @@ def _of_group(x: Tensor, shared: Tensor) -> Tensor:
     return _grouped(x, shared).flatten(2, 3)
 
 
-def _product(x: Tensor, shared: Tensor) -> Tensor:
+def grouped_product(x: Tensor, shared: Tensor) -> Tensor:
     """[B, heads, rows, n] times [B, groups, n, m], as one matrix product for all heads of a group."""
     return (_of_group(x, shared) @ shared).view(*x.shape[:-1], shared.shape[-1])

@@ -16,12 +16,11 @@ from torch import Tensor
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from slipstream.distill.attention import block_size, has_amx, spans
+from slipstream.distill.attention import grouped_product, has_amx, score_blocks, spans
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-BLOCK = block_size("cpu")
 FEW = 64
 """Queries below which torch's kernel is the faster one."""
 
@@ -65,27 +64,15 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale
     Returns:
         [B, heads, Q, dv].
     """
-    batch, heads, length, _ = query.shape
-    groups = key.shape[1]
-    out = query.new_empty(batch, heads, length, value.shape[-1])
-    query, key = query * scale, key.transpose(-1, -2)
-    for start in range(0, length, BLOCK):
-        stop = min(start + BLOCK, length)
-        seen = stop if causal else key.shape[-1]
-        block = query[:, :, start:stop].reshape(batch, groups, -1, query.shape[-1])
-        flat = block @ key[..., :seen]  # [B, groups, heads of a group x block, seen]
-        scores = flat.float().view(batch, heads, stop - start, seen)
-        if causal:
-            future = torch.ones(stop - start, stop - start, dtype=torch.bool, device=query.device).triu(1)
-            scores[..., start:].masked_fill_(future, float("-inf"))
+    out = query.new_empty(*query.shape[:-1], value.shape[-1])
+    for at, seen, scores, _ in score_blocks(query, key, scale, causal=causal):
         if mask is not None:
-            part = mask if mask.shape[-2] == 1 else mask[..., start:stop, :]
+            part = mask if mask.shape[-2] == 1 else mask[..., at, :]
             if part.dtype == torch.bool:
                 scores.masked_fill_(~part, torch.finfo(scores.dtype).min)
             else:
                 scores += part
-        weights = torch.softmax(scores, -1).to(value.dtype).view_as(flat)
-        out[:, :, start:stop] = (weights @ value[:, :, :seen]).view(batch, heads, stop - start, -1)
+        out[:, :, at] = grouped_product(torch.softmax(scores, -1).to(value.dtype), value[:, :, seen])
     return out
 
 
