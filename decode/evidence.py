@@ -98,10 +98,7 @@ class LogitEvidence:
         return self._best[..., :count]
 
     def margins(self, path: Tensor) -> Tensor:
-        if self._best is None:
-            pair = Largest(self.logits[self._rows[:, None], path]).values(2).float()
-        else:
-            pair = self.best(2)[self._rows[:, None], path]
+        pair = self.best(2)[self._rows[:, None], path]
         return pair[..., 0] - pair[..., 1]
 
     def at(self, nodes: Tensor, tokens: Tensor) -> Tensor:
