@@ -1,4 +1,4 @@
-"""The rows of a call that are still going."""
+"""The rows of a call that are still going, and what their drafter is still to be told."""
 
 from __future__ import annotations
 
@@ -61,3 +61,35 @@ class Batch:
         self.ids, self.text = self.ids[to_device(rows, self.ids.device)], self.text[rows]
         for name in ("places", "lengths", "prompts", "room"):
             setattr(self, name, [getattr(self, name)[row] for row in rows])
+
+
+@dataclass
+class Unread:
+    """Target features of decided tokens that the drafter has not read yet.
+
+    Attributes:
+        features: [B, m, F]; the real ones of a row come first.
+        counts: How many of the m are real, per row.
+    """
+
+    features: Tensor
+    counts: list[int]
+
+    def add(self, new: Tensor, paths: Sequence[Sequence[int]]) -> None:
+        """Put the accepted nodes' [B, N, F] behind them."""
+        counts = [n + len(path) for n, path in zip(self.counts, paths, strict=True)]
+        behind, width = self.features.shape[1], max(counts)
+        index = [[*range(n), *(behind + node for node in path)] for n, path in zip(self.counts, paths, strict=True)]
+        padded = to_device([line + [0] * (width - len(line)) for line in index], new.device)
+        joined = torch.cat([self.features, new], 1) if behind else new
+        self.features = joined.gather(1, padded[:, :, None].expand(-1, -1, new.shape[-1]))
+        self.counts = counts
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Only these rows go on."""
+        self.features = self.features[to_device(rows, self.features.device)]
+        self.counts = [self.counts[row] for row in rows]
+
+    def clear(self) -> None:
+        """The drafter has read them."""
+        self.features, self.counts = self.features[:, :0], [0] * len(self.counts)

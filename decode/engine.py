@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import EosTokenCriteria, MaxLengthCriteria, StoppingCriteriaList
 
 from slipstream.configs.errors import SlipstreamError
-from slipstream.decode.batch import Batch
+from slipstream.decode.batch import Batch, Unread
 from slipstream.decode.cache import FixedCaches, TreeCache
 from slipstream.decode.drafters import Drafter, NoDrafter, Round, last_tokens
 from slipstream.decode.policy import Policy
@@ -24,19 +24,17 @@ from slipstream.decode.processors import (
     make_processors,
 )
 from slipstream.decode.stats import Stats
-from slipstream.decode.transfer import to_device
 from slipstream.decode.tree import Tree, root_only
 from slipstream.decode.verify import Spent, Token, Verdict, Verifier, verify
 from slipstream.distill.compilation import SIZES, Compilation
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator
 
     from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
     from transformers.generation.streamers import BaseStreamer
 
     from slipstream.decode.recorder import Observer
-    from slipstream.decode.speculation import Controller
     from slipstream.decode.tree import TreeShape
     from slipstream.distill.target import Target
 
@@ -323,7 +321,7 @@ class Decoder:
         compiled = target.compiled if len(batch.places) == 1 else None
         static = compiled is not None and compiled.static
         cache, features, logits = self._prefill(batch, compiled)
-        fresh = list(batch.lengths)
+        unread = Unread(features, list(batch.lengths))
         controller = self.policy.speculation.controller(self.policy.tree, target)
         tree = root_only(last_tokens(batch.ids, batch.lengths))
         verdict = self._judge(request, batch, tree, logits)
@@ -347,10 +345,8 @@ class Decoder:
             if not going:
                 return
             if len(going) < len(new):
-                batch.keep(going)
-                cache.keep(going)
-                drafter.keep(going)
-                features, fresh = features[to_device(going, features.device)], [fresh[row] for row in going]
+                for part in (batch, cache, drafter, unread):
+                    part.keep(going)
             clock = time.perf_counter()
             shape = controller.shape()
             if shape is None:
@@ -358,8 +354,22 @@ class Decoder:
             else:
                 left = target.context - max(batch.lengths)
                 shape = shape.within(left if static or request.temperature else min(left, max(batch.room)))
-                tree = drafter.propose(_round(batch, request, controller, shape, features, fresh, static))
-                features, fresh = features[:, :0], [0] * len(going)
+                tree = drafter.propose(
+                    Round(
+                        ids=batch.ids,
+                        text=batch.text,
+                        lengths=batch.lengths,
+                        features=unread.features,
+                        fresh=unread.counts,
+                        shape=shape,
+                        temperature=request.temperature,
+                        generators=[request.generators[place] for place in batch.places],
+                        enough=controller.enough,
+                        filler=min(request.stops, default=0),
+                        static=static,
+                    )
+                )
+                unread.clear()
             fed = _filled(tree, shape, compiled)
             drafted = time.perf_counter()
             plain = fed.nodes == 1 and cache.rows.even and not compiled
@@ -380,32 +390,7 @@ class Decoder:
                 times = (drafted - clock, verified - drafted, judged - seen - (verified - clock))
                 request.observer.round(batch.places, tree, logits, verdict, times)
                 begun, seen = begun + time.perf_counter() - judged, time.perf_counter()
-            features, fresh = _append(features, fresh, out.features, verdict.paths)
-
-
-def _round(
-    batch: Batch,
-    request: _Request,
-    controller: Controller,
-    shape: TreeShape,
-    features: Tensor,
-    fresh: list[int],
-    static: bool,
-) -> Round:
-    """What the drafter is told."""
-    return Round(
-        ids=batch.ids,
-        text=batch.text,
-        lengths=batch.lengths,
-        features=features,
-        fresh=fresh,
-        shape=shape,
-        temperature=request.temperature,
-        generators=[request.generators[place] for place in batch.places],
-        enough=controller.enough,
-        filler=min(request.stops, default=0),
-        static=static,
-    )
+            unread.add(out.features, verdict.paths)
 
 
 def _filled(tree: Tree, shape: TreeShape | None, compiled: Compilation | None) -> Tree:
@@ -414,18 +399,6 @@ def _filled(tree: Tree, shape: TreeShape | None, compiled: Compilation | None) -
         return tree
     expected = shape.size if shape is not None and tree.nodes > 1 else 0
     return tree.padded(compiled.size(tree.nodes, expected))
-
-
-def _append(
-    features: Tensor, fresh: list[int], new: Tensor, paths: Sequence[Sequence[int]]
-) -> tuple[Tensor, list[int]]:
-    """Features [B, m, F] of which `fresh[b]` are real, followed by those of the accepted nodes; the real ones first."""
-    counts = [n + len(path) for n, path in zip(fresh, paths, strict=True)]
-    behind, width = features.shape[1], max(counts)
-    index = [[*range(n), *(behind + node for node in path)] for n, path in zip(fresh, paths, strict=True)]
-    padded = to_device([line + [0] * (width - len(line)) for line in index], new.device)
-    joined = torch.cat([features, new], 1) if behind else new
-    return joined.gather(1, padded[:, :, None].expand(-1, -1, new.shape[-1])), counts
 
 
 def _cut(request: _Request, batch: Batch, row: int, tokens: list[Token]) -> tuple[list[Token], bool]:

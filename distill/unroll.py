@@ -137,9 +137,8 @@ def unroll(
     hits = valid & (head.vocabulary()[guess].view_as(pick) == teacher.argmax[pick])
     survived = hits.cumprod(0)
     lasting = valid.all(0)
-    tried, kept = lasting.sum(), survived.sum(0)
     hit = (survived * lasting).sum(1)
-    return Unrolled(total, losses.sum(1), counted.sum(1), hit, tried, kept, (row_b, row_p))
+    return Unrolled(total, losses.sum(1), counted.sum(1), hit, lasting.sum(), survived.sum(0), (row_b, row_p))
 
 
 def _noised(features: Tensor, width: float, generator: torch.Generator | None) -> Tensor:
