@@ -111,7 +111,8 @@ class HeadSettings:
         fc_norm: One norm for each captured state (EAGLE-3.1).
         init: A head's folder to go on from; its own shape and vocabulary hold, and nothing above is read.
         lora_rank: Train low-rank updates of that head only (peft); they are merged in the end, and kept beside the head.
-        from_target: Start fc at the highest captured layer and lm_head at the target's own rows, not at random.
+        from_target: Start fc at the highest captured layer, lm_head at the target's own rows and the MLP at that of its last
+            layer, not at random.
     """
 
     kind: Literal["eagle3", "eagle1", "parallel"] = "eagle3"
@@ -181,7 +182,7 @@ class TrainSettings:
     Attributes:
         max_steps: Optimizer steps; None derives them from `epochs`.
         epochs: Passes over the data.
-        optimizer: `muon` (for the matrices inside the head; AdamW for the rest), or `adamw` for all.
+        optimizer: `muon` (for the matrices inside the head; AdamW, at a fifth of the rate, for the rest), or `adamw` for all.
         learning_rate: Peak of the cosine schedule.
         betas: Of AdamW.
         weight_decay: Of both.

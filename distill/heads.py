@@ -12,6 +12,7 @@ import torch
 from accelerate.utils import align_module_device
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
+from torch import nn
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from slipstream.configs.errors import SlipstreamError
@@ -19,6 +20,7 @@ from slipstream.configs.files import folder_atomic
 from slipstream.configs.recipe import Recipe
 from slipstream.distill.draft import DraftConfig, DraftHead, same_place
 from slipstream.distill.hub import commit, fetch
+from slipstream.distill.shards import layers_of
 from slipstream.distill.store import weights_fingerprint
 from slipstream.distill.target import DTYPES
 from slipstream.distill.tensors import read_index, read_json
@@ -42,9 +44,7 @@ def new_head(target: Target, vocabulary: Tensor, settings: HeadSettings, *, seed
     Args:
         target: Head size, rope, norms and layers are taken from it.
         vocabulary: Target ids of the draft vocabulary, [Vd].
-        settings: Kind and shape. With `from_target`, `lm_head` starts at the target's own rows and `fc` at the highest
-            captured state, so that the untrained head already reads the target's late state through the target's own
-            output matrix.
+        settings: Kind and shape; `from_target` makes it begin near the target instead of at random.
         seed: Of the random weights.
 
     Raises:
@@ -72,15 +72,51 @@ def new_head(target: Target, vocabulary: Tensor, settings: HeadSettings, *, seed
     head.set_vocabulary(vocabulary)
     head.borrow(target)
     if settings.from_target:
-        output = target.model.get_output_embeddings()
         with torch.no_grad():
-            head.fc.weight.mul_(0.1)
-            head.fc.weight[:, -config.target_hidden_size :] += torch.eye(config.hidden_size, config.target_hidden_size)
-            own = config.kind != "eagle1" and output is not None and output.weight.shape[1] == config.hidden_size
-            if own:
-                with align_module_device(output):  # brings back what accelerate keeps elsewhere
-                    head.lm_head.weight.copy_(output.weight[vocabulary.to(output.weight.device)].float())
+            _start_near(head, target, vocabulary)
     return head
+
+
+def _start_near(head: DraftHead, target: Target, vocabulary: Tensor) -> None:
+    """Let a head begin with what the target knows, as far as shapes allow.
+
+    `fc` starts at the highest captured state and `lm_head` at the target's own rows, so that the untrained head already
+    reads the target's late state through the target's own output matrix; the first layer's MLP starts at that of the
+    target's last layer.
+    """
+    width = head.config.hidden_size
+    head.fc.weight.mul_(0.1)
+    head.fc.weight[:, -head.config.target_hidden_size :] += torch.eye(width, head.config.target_hidden_size)
+    output = target.model.get_output_embeddings()
+    if head.config.kind != "eagle1" and output is not None and output.weight.shape[1] == width:
+        with align_module_device(output):  # brings back what accelerate keeps elsewhere
+            head.lm_head.weight.copy_(output.weight[vocabulary.to(output.weight.device)].float())
+    last = layers_of(target)[-1]
+    mlp, norm = getattr(last, "mlp", None), _norm_before_mlp(last)
+    parts = [(mine, getattr(mlp, name, None)) for name, mine in head.midlayer.mlp.named_children() if name != "act_fn"]
+    if norm is not None and all(_alike(theirs, mine.weight) for mine, theirs in parts):
+        for mine, theirs in parts:
+            with align_module_device(theirs):
+                mine.weight.copy_(theirs.weight.float())
+        with align_module_device(norm):
+            ones = torch.ones_like(
+                norm.weight
+            )  # of size 1: what a norm makes of them are its factors, whatever it adds to its weights
+            head.midlayer.post_attention_layernorm.weight.copy_(norm(ones).float())
+
+
+def _norm_before_mlp(layer: nn.Module) -> nn.Module | None:
+    """The RMS norm that a layer's MLP reads, by transformers' names; None where there is none, or of another kind."""
+    if hasattr(layer, "post_feedforward_layernorm") and not hasattr(layer, "pre_feedforward_layernorm"):
+        return None  # its norms stand behind attention and MLP
+    norm = getattr(layer, "pre_feedforward_layernorm", getattr(layer, "post_attention_layernorm", None))
+    return None if isinstance(norm, nn.LayerNorm) else norm
+
+
+def _alike(part: nn.Module | None, weight: Tensor) -> bool:
+    """Whether a part of a target is a matrix of plain numbers, of the shape of `weight`."""
+    theirs = getattr(part, "weight", None)
+    return theirs is not None and theirs.shape == weight.shape and theirs.is_floating_point()
 
 
 def describe_target(target: Target) -> dict[str, str | None]:

@@ -129,6 +129,7 @@ class Launch:
             mesh = torch.distributed.init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
             fully_shard(module, mesh=mesh)
         self.optimizers = make_optimizers(module, settings)
+        self.shares = [optimizer.param_groups[0]["lr"] / settings.learning_rate for optimizer in self.optimizers]
         self.module: Any = module
         if self.deepspeed:
             config = accelerator.state.deepspeed_plugin.deepspeed_config
@@ -176,8 +177,9 @@ class Launch:
 
     def step(self, rate: float) -> float:
         """Clip, step, forget the gradients; returns their norm before clipping."""
-        for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
-            group["lr"] = rate
+        for optimizer, share in zip(self.optimizers, self.shares, strict=True):
+            for group in optimizer.param_groups:
+                group["lr"] = rate * share
         if self.deepspeed:
             self.module.step()
             return float(self.module.get_global_grad_norm())

@@ -13,11 +13,15 @@ if TYPE_CHECKING:
     from slipstream.configs.recipe import TrainSettings
 
 
+BESIDE = 0.2  # AdamW's rate beside Muon's: an update of Muon has this size at a rate of 1, AdamW's first ones 1
+
+
 def make_optimizers(head: nn.Module, settings: TrainSettings) -> list[torch.optim.Optimizer]:
     """One optimizer, or two: with `muon`, matrices other than the output layer go to Muon, the rest to AdamW.
 
-    Muon's update is scaled to AdamW's typical size (`match_rms_adamw`, Moonlight, arXiv 2502.16982), so that one
-    learning rate serves both.
+    Muon's update is scaled to what AdamW's typically is late in a training (`match_rms_adamw`, Moonlight, arXiv
+    2502.16982). A head's training is short: there AdamW's updates are larger, and beside Muon it has a rate of `BESIDE` of the
+    peak.
     """
     weights = {name: p for name, p in head.named_parameters() if p.requires_grad}
     inner = {n for n, p in weights.items() if p.ndim == 2 and "lm_head" not in n.split(".")}
@@ -28,6 +32,7 @@ def make_optimizers(head: nn.Module, settings: TrainSettings) -> list[torch.opti
     if matrices:
         optimizers.append(torch.optim.Muon(matrices, lr=rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw"))
     if rest:
+        rate = BESIDE * rate if matrices else rate
         optimizers.append(torch.optim.AdamW(rest, lr=rate, betas=settings.betas, weight_decay=decay, fused=True))
     return optimizers
 
