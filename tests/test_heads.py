@@ -79,6 +79,35 @@ def test_an_eagle1_head_reads_the_state_behind_the_targets_last_norm(architectur
     assert torch.equal(target.reading([4]).forward(ids).features, captured.hidden)
 
 
+BEFORE_MLP = {"gemma2": "pre_feedforward_layernorm", "gemma3_text": "pre_feedforward_layernorm"}
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen3", "mistral", *BEFORE_MLP])
+def test_a_head_starts_at_the_mlp_of_the_targets_last_layer_and_at_the_norm_before_it(architecture):
+    target = tiny_target(architecture)
+    last = target.inner.layers[-1]
+    norm = getattr(last, BEFORE_MLP.get(architecture, "post_attention_layernorm"))
+    torch.nn.init.uniform_(norm.weight)
+    layer = tiny_head(target).midlayer
+    for name in ("gate_proj", "up_proj", "down_proj"):
+        assert torch.equal(getattr(layer.mlp, name).weight, getattr(last.mlp, name).weight)
+    x = torch.randn(5, 32)
+    assert torch.allclose(layer.post_attention_layernorm(x), norm(x), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "settings"),
+    [*((name, {}) for name in sorted(set(ARCHITECTURES) - {"llama", "qwen2", "qwen3", "mistral", *BEFORE_MLP}))]
+    + [("llama", {"intermediate_size": 64}), ("llama", {"hidden_size": 16})],
+)
+def test_an_mlp_that_has_no_like_in_the_target_starts_at_random(architecture, settings):
+    target = tiny_target(architecture)
+    layer, random = (tiny_head(target, from_target=start, **settings).midlayer for start in (True, False))
+    for (name, mine), other in zip(layer.mlp.named_parameters(), random.mlp.parameters(), strict=True):
+        assert torch.equal(mine, other), name
+    assert (layer.post_attention_layernorm.weight == 1).all()
+
+
 def test_a_target_that_gives_other_layers_is_refused():
     head, _ = pair("eagle1")
     with pytest.raises(SlipstreamError, match=r"reads layers \[4\]"):

@@ -108,6 +108,15 @@ def test_muon_has_the_matrices_inside_the_head_only(tmp_path):
     assert {names[id(p)] for group in adamw.param_groups for p in group["params"]} == set(names.values()) - own
 
 
+@pytest.mark.parametrize(("optimizer", "shares"), [("muon", [1, 0.2]), ("adamw", [1])])
+def test_adamw_has_a_fifth_of_the_rate_beside_muon_and_all_of_it_alone(optimizer, shares, tmp_path):
+    run = trainer(tmp_path, replace(RECIPE, train=replace(RECIPE.train, optimizer=optimizer)))
+    for step in range(3):
+        run._optimize(Metrics(3))
+        rates = {group["lr"] for made in run.launch.optimizers for group in made.param_groups}
+        assert rates == {share * learning_rate(step, run.total, run.settings) for share in shares}
+
+
 def test_a_run_writes_its_rows_as_it_goes_and_into_tensorboard(tmp_path):
     recipe = replace(RECIPE, train=replace(RECIPE.train, trackers=("tensorboard",)))
     run = trainer(tmp_path, recipe)
