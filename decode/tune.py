@@ -108,12 +108,7 @@ def tune(
     score = budget.kind == "task"
     sandbox = isolation() if score and any("test" in row for row in prompts) else None  # or an error, before the work
     with tempfile.TemporaryDirectory() as folder:
-        path = trace or Path(folder) / "trace.arrow"
-        if not path.is_file():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            policy = replace(decoder.policy, tree=LARGEST, speculation=Speculation())
-            record_exact(Decoder(decoder.target, decoder.drafter, policy), prompts[::2], path, max_new_tokens)
-        recorded = Trace.open(path, decoder)  # another head's is refused before anything is timed
+        recorded = _recorded(decoder, prompts[::2], trace or Path(folder) / "trace.arrow", max_new_tokens)
         probe = CostProbe(decoder, [_prompt(decoder, row) for row in prompts])
         points, length = predict(recorded, probe.measure(), shapes, rules), recorded.mean_tokens()
     best, others = frontier(points), prompts[1::2]
@@ -155,6 +150,15 @@ def tune(
     }
     rows = [*(point.to_dict(False) for point in best), *(point.to_dict(point.label == chosen.label) for point in ran)]
     return replace(chosen.apply(decoder.policy), measured=measured), rows
+
+
+def _recorded(decoder: Decoder, prompts: Sequence[dict[str, Any]], place: Path, max_new_tokens: int) -> Trace:
+    """The trace in `place`, of exact rounds with the largest tree; made where there is none. Another head's is refused."""
+    if not place.is_file():
+        place.parent.mkdir(parents=True, exist_ok=True)
+        policy = replace(decoder.policy, tree=LARGEST, speculation=Speculation())
+        record_exact(Decoder(decoder.target, decoder.drafter, policy), prompts, place, max_new_tokens)
+    return Trace.open(place, decoder)
 
 
 def _further(

@@ -91,21 +91,22 @@ def _start_near(head: DraftHead, target: Target, vocabulary: Tensor) -> None:
     if head.config.kind != "eagle1" and output is not None and output.weight.shape[1] == width:
         with align_module_device(output):  # brings back what accelerate keeps elsewhere
             head.lm_head.weight.copy_(output.weight[vocabulary.to(output.weight.device)].float())
+    first: Any = head.midlayer
     last = layers_of(target)[-1]
-    mlp, norm = getattr(last, "mlp", None), _norm_before_mlp(last)
-    parts = [(mine, getattr(mlp, name, None)) for name, mine in head.midlayer.mlp.named_children() if name != "act_fn"]
-    if norm is not None and all(_alike(theirs, mine.weight) for mine, theirs in parts):
-        for mine, theirs in parts:
-            with align_module_device(theirs):
-                mine.weight.copy_(theirs.weight.float())
-        with align_module_device(norm):
-            ones = torch.ones_like(
-                norm.weight
-            )  # of size 1: what a norm makes of them are its factors, whatever it adds to its weights
-            head.midlayer.post_attention_layernorm.weight.copy_(norm(ones).float())
+    mlp: Any = getattr(last, "mlp", None)
+    norm = _norm_before_mlp(last)
+    names = [name for name, _ in first.mlp.named_children() if name != "act_fn"]
+    if norm is None or not all(_alike(getattr(mlp, name, None), getattr(first.mlp, name).weight) for name in names):
+        return
+    for name in names:
+        with align_module_device(getattr(mlp, name)):
+            getattr(first.mlp, name).weight.copy_(getattr(mlp, name).weight.float())
+    with align_module_device(norm):
+        factors = norm(torch.ones_like(norm.weight))  # ones have size 1: what becomes of them is what it multiplies by
+        first.post_attention_layernorm.weight.copy_(factors.float())
 
 
-def _norm_before_mlp(layer: nn.Module) -> nn.Module | None:
+def _norm_before_mlp(layer: nn.Module) -> Any:
     """The RMS norm that a layer's MLP reads, by transformers' names; None where there is none, or of another kind."""
     if hasattr(layer, "post_feedforward_layernorm") and not hasattr(layer, "pre_feedforward_layernorm"):
         return None  # its norms stand behind attention and MLP

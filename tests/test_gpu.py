@@ -4,10 +4,12 @@ from itertools import pairwise
 
 import pytest
 import torch
-from tiny import greedy, tiny_head, tiny_target
+from tiny import HEADS, VOCAB, greedy, tiny_head, tiny_target
 from torch._dynamo.utils import counters
 from torch._inductor.cudagraph_trees import get_manager
 
+from slipstream.configs.recipe import DistillSettings
+from slipstream.data.batches import join
 from slipstream.decode.drafters import HeadDrafter, NGramDrafter
 from slipstream.decode.engine import Decoder
 from slipstream.decode.policy import Policy
@@ -15,6 +17,7 @@ from slipstream.decode.speculation import Speculation
 from slipstream.decode.tree import TreeShape
 from slipstream.decode.verify import Verifier
 from slipstream.distill.target import Target
+from slipstream.distill.unroll import Distillation
 
 pytestmark = pytest.mark.gpu
 
@@ -91,3 +94,31 @@ def test_a_round_waits_once_for_the_card(compiled, tree, verify, recwarn):
     rounds = [after - before for before, after in pairwise(waits)]
     assert len(rounds) == len(out.stats.accept_lengths)
     assert set(rounds) == {1}
+
+
+@pytest.mark.parametrize("kind", HEADS)
+@pytest.mark.parametrize("packed", [False, True])
+def test_training_on_a_card_has_the_loss_and_the_gradients_it_has_on_a_cpu(kind, packed):
+    torch.backends.cuda.matmul.allow_tf32 = False
+    draw = torch.Generator().manual_seed(0)
+    lengths = (30, 7, 18) if packed else (30,)
+    texts = [torch.randint(3, VOCAB, (length,), generator=draw) for length in lengths]
+    rows = [{"input_ids": ids, "mask": torch.arange(len(ids)) > 2} for ids in texts]
+    batch = join(rows, list(range(len(rows))))  # type: ignore[arg-type]
+    found = []
+    for device in ("cpu", "cuda"):
+        target = tiny_target()
+        head = tiny_head(target, **HEADS[kind]).to(device).train()
+        target = Target(target.model.to(device), layer_ids=head.layer_ids)
+        here = batch.to(torch.device(device))
+        module = Distillation(head, target, DistillSettings(steps=3), autocast=False)
+        total, out = module(here.input_ids, here.mask, torch.ones(3, device=device), starts=here.starts)
+        total.backward()
+        slopes = {name: p.grad.cpu() for name, p in head.named_parameters() if p.grad is not None}
+        found.append((total.item(), out.rows.tolist(), out.hits.tolist(), slopes))
+    (loss, *counts, slopes), (there, *counts_there, slopes_there) = found
+    assert there == pytest.approx(loss, rel=1e-4)
+    assert counts_there == counts
+    assert slopes.keys() == slopes_there.keys()
+    for name, slope in slopes.items():
+        torch.testing.assert_close(slopes_there[name], slope, rtol=1e-3, atol=1e-4 * float(slope.abs().max()), msg=name)
