@@ -22,6 +22,7 @@ from tiny import tiny_head
 import slipstream
 from slipstream.data import batches
 from slipstream.decode import plan
+from slipstream.decode.engine import Decoder
 from slipstream.decode.evaluate import Record
 from slipstream.decode.policy import Policy
 from slipstream.decode.speculation import SCHEDULES
@@ -30,7 +31,19 @@ from slipstream.decode.tree import TreeShape, make_tree
 from slipstream.decode.verify import Token, Verifier
 
 ROOT = Path(__file__).parent.parent
-STUDIES = ("study", "answers", "decode", "defaults", "guards", "padding", "policies", "recovery", "released", "signals")
+STUDIES = (
+    "study",
+    "answers",
+    "decode",
+    "defaults",
+    "guards",
+    "heads",
+    "padding",
+    "policies",
+    "recovery",
+    "released",
+    "signals",
+)
 TALKS = [
     {"question_id": 1, "category": "writing", "turns": ["Hi", "hello"], "reference": ["Yo", "Yo"]},
     {"question_id": 2, "category": "math", "turns": ["Yo user"], "reference": ["#### 2"]},
@@ -307,6 +320,24 @@ def test_padding_is_a_share_of_what_is_computed(studies, monkeypatch):
     assert studies["padding"].padding(tokens, 6, 4) == 0  # rows of 1 together, rows of 3 in pairs
     alone, sorted_together = (studies["padding"].padding(tokens, 6, pool) for pool in (1, 2))
     assert 0 < sorted_together < alone < 1 / 3 + 1e-9  # a row of 3 beside one of 1
+
+
+def test_acceptance_of_heads_is_that_of_exact_decoding(studies, folders, capsys):
+    heads = studies["heads"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(heads, "TREES", {"wide": TreeShape(2, 2, 5), "chain": TreeShape.chain(2)})
+        asked = {"limit": 3, "tokens": 12, "batch_size": 2, "dtype": "float32", "prompts": [Path(folders["prompts"])]}
+        heads.main([folders["head"]] * 2, folders["target"], **asked)
+    first, second = _parsed(capsys.readouterr().out)
+    assert first == second
+    loaded = slipstream.load(folders["target"], folders["head"], dtype=torch.float32)
+    decoder = Decoder(loaded.target, loaded.drafter, Policy(tree=TreeShape.chain(2)))
+    lengths: list[int] = []
+    for row in heads.first_turns(asked["prompts"], 3):
+        ids = torch.tensor([encode_first(decoder.target, row)])
+        lengths += decoder.generate(ids, max_new_tokens=12).stats.accept_lengths
+    assert _number(first["chain"]) == pytest.approx(sum(lengths) / len(lengths), abs=0.006)
+    assert 1 <= _number(first["wide"]) <= 3
 
 
 def _script(name):
