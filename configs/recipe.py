@@ -111,8 +111,8 @@ class HeadSettings:
         fc_norm: One norm for each captured state (EAGLE-3.1).
         init: A head's folder to go on from; its own shape and vocabulary hold, and nothing above is read.
         lora_rank: Train low-rank updates of that head only (peft); they are merged in the end, and kept beside the head.
-        from_target: Start fc at the highest captured layer, lm_head at the target's own rows and the MLP at that of its last
-            layer, not at random.
+        from_target: Start fc at the highest captured layer, lm_head at the target's own rows and, in a head of kind `eagle3`
+            without the norms above, the MLP at that of the target's last layer, not at random.
     """
 
     kind: Literal["eagle3", "eagle1", "parallel"] = "eagle3"
@@ -199,7 +199,7 @@ class TrainSettings:
         compile: Run the head's layers through `torch.compile`; a CPU needs a C++ compiler for it.
         seed: Of initialisation, order and noise.
         log_every: Steps between metric rows.
-        checkpoint_minutes: Minutes between checkpoints.
+        checkpoint_minutes: Minutes between checkpoints, at least: one is written beside a metric row.
         trackers: accelerate trackers beside `metrics.jsonl`: `wandb`, `tensorboard`.
     """
 

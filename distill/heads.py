@@ -81,8 +81,8 @@ def _start_near(head: DraftHead, target: Target, vocabulary: Tensor) -> None:
     """Let a head begin with what the target knows, as far as shapes allow.
 
     `fc` starts at the highest captured state and `lm_head` at the target's own rows, so that the untrained head already
-    reads the target's late state through the target's own output matrix; the first layer's MLP starts at that of the
-    target's last layer.
+    reads the target's late state through the target's own output matrix. Where the residual stream is the target's own,
+    without norms before `fc` or behind the layers (a plain `eagle3` head), the MLP starts at that of the target's last layer.
     """
     width = head.config.hidden_size
     head.fc.weight.mul_(0.1)
@@ -91,6 +91,9 @@ def _start_near(head: DraftHead, target: Target, vocabulary: Tensor) -> None:
     if head.config.kind != "eagle1" and output is not None and output.weight.shape[1] == width:
         with align_module_device(output):  # brings back what accelerate keeps elsewhere
             head.lm_head.weight.copy_(output.weight[vocabulary.to(output.weight.device)].float())
+    config = head.config
+    if config.kind != "eagle3" or config.fc_norm or config.norm_before_fc or config.norm_output:
+        return
     first: Any = head.midlayer
     last = layers_of(target)[-1]
     mlp: Any = getattr(last, "mlp", None)
@@ -107,17 +110,17 @@ def _start_near(head: DraftHead, target: Target, vocabulary: Tensor) -> None:
 
 
 def _norm_before_mlp(layer: nn.Module) -> Any:
-    """The RMS norm that a layer's MLP reads, by transformers' names; None where there is none, or of another kind."""
-    if hasattr(layer, "post_feedforward_layernorm") and not hasattr(layer, "pre_feedforward_layernorm"):
-        return None  # its norms stand behind attention and MLP
-    norm = getattr(layer, "pre_feedforward_layernorm", getattr(layer, "post_attention_layernorm", None))
-    return None if isinstance(norm, nn.LayerNorm) else norm
+    """The RMS norm that a layer's MLP reads, by transformers' names; None where there is none, or the MLP has one behind it."""
+    norm = getattr(layer, "post_attention_layernorm", None)
+    if hasattr(layer, "post_feedforward_layernorm") or isinstance(norm, nn.LayerNorm):
+        return None
+    return norm if isinstance(getattr(norm, "weight", None), nn.Parameter) else None
 
 
 def _alike(part: nn.Module | None, weight: Tensor) -> bool:
     """Whether a part of a target is a matrix of plain numbers, of the shape of `weight`."""
     theirs = getattr(part, "weight", None)
-    return theirs is not None and theirs.shape == weight.shape and theirs.is_floating_point()
+    return type(theirs) is nn.Parameter and theirs.shape == weight.shape and theirs.dtype in DTYPES.values()
 
 
 def describe_target(target: Target) -> dict[str, str | None]:

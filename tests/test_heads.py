@@ -79,14 +79,11 @@ def test_an_eagle1_head_reads_the_state_behind_the_targets_last_norm(architectur
     assert torch.equal(target.reading([4]).forward(ids).features, captured.hidden)
 
 
-BEFORE_MLP = {"gemma2": "pre_feedforward_layernorm", "gemma3_text": "pre_feedforward_layernorm"}
-
-
-@pytest.mark.parametrize("architecture", ["llama", "qwen3", "mistral", *BEFORE_MLP])
+@pytest.mark.parametrize("architecture", ["llama", "qwen3", "mistral"])
 def test_a_head_starts_at_the_mlp_of_the_targets_last_layer_and_at_the_norm_before_it(architecture):
     target = tiny_target(architecture)
     last = target.inner.layers[-1]
-    norm = getattr(last, BEFORE_MLP.get(architecture, "post_attention_layernorm"))
+    norm = last.post_attention_layernorm
     torch.nn.init.uniform_(norm.weight)
     layer = tiny_head(target).midlayer
     for name in ("gate_proj", "up_proj", "down_proj"):
@@ -98,9 +95,10 @@ def test_a_head_starts_at_the_mlp_of_the_targets_last_layer_and_at_the_norm_befo
 @pytest.mark.parametrize(
     ("architecture", "settings"),
     [
-        *((name, {}) for name in ARCHITECTURES if name not in {"llama", "qwen2", "qwen3", "mistral", *BEFORE_MLP}),
+        *((name, {}) for name in (*ARCHITECTURES, "olmo") if name not in {"llama", "qwen2", "qwen3", "mistral"}),
         ("llama", {"intermediate_size": 64}),
-        ("llama", {"hidden_size": 16}),
+        *(("llama", settings) for name, settings in HEADS.items() if name != "eagle3"),
+        ("llama", {"norm_output": True}),
     ],
 )
 def test_an_mlp_that_has_no_like_in_the_target_starts_at_random(architecture, settings):
@@ -109,6 +107,14 @@ def test_an_mlp_that_has_no_like_in_the_target_starts_at_random(architecture, se
     for (name, mine), other in zip(layer.mlp.named_parameters(), random.mlp.parameters(), strict=True):
         assert torch.equal(mine, other), name
     assert (layer.post_attention_layernorm.weight == 1).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8])
+def test_weights_that_need_a_scale_are_no_start(dtype):
+    target = tiny_target()
+    down = target.inner.layers[-1].mlp.down_proj
+    down.weight = torch.nn.Parameter((100 * down.weight).to(dtype), requires_grad=False)
+    assert tiny_head(target).midlayer.mlp.down_proj.weight.abs().max() < 1
 
 
 def test_a_target_that_gives_other_layers_is_refused():

@@ -117,6 +117,18 @@ def test_adamw_has_a_fifth_of_the_rate_beside_muon_and_all_of_it_alone(optimizer
         assert rates == {share * learning_rate(step, run.total, run.settings) for share in shares}
 
 
+def test_a_run_begun_with_one_rate_for_all_goes_on_with_it(tmp_path):
+    recipe = replace(RECIPE, train=replace(RECIPE.train, optimizer="muon"))
+    run = trainer(tmp_path, recipe)
+    run._optimize(Metrics(3))
+    run.save()
+    assert trainer(tmp_path, recipe).launch.shares == run.launch.shares
+    state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    del state["progress"]["shares"]  # as older versions wrote it
+    torch.save(state, tmp_path / "checkpoint.pt")
+    assert trainer(tmp_path, recipe).launch.shares == [1.0, 1.0]
+
+
 def test_a_run_writes_its_rows_as_it_goes_and_into_tensorboard(tmp_path):
     recipe = replace(RECIPE, train=replace(RECIPE.train, trackers=("tensorboard",)))
     run = trainer(tmp_path, recipe)

@@ -204,7 +204,7 @@ class Launch:
         It is a file, `place`.pt, of whole tensors, which any number of processes can go on from; under DeepSpeed a folder,
         which only as many as wrote it can.
         """
-        progress = {**progress, "processes": self.processes}
+        progress = {**progress, "processes": self.processes, "shares": self.shares}
         if self.deepspeed:
             tag = f"step-{progress['step']}"
             self.module.save_checkpoint(str(place), tag=tag, client_state=progress)
@@ -256,6 +256,7 @@ class Launch:
             optim_state_dict=state["optimizers"],
             options=StateDictOptions(full_state_dict=True),
         )
+        self.shares = state["progress"].get("shares", [1.0] * len(self.shares))  # older versions had no others
         return dict(state["progress"])
 
     def weights(self) -> dict[str, Tensor]:
