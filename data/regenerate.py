@@ -234,5 +234,5 @@ def _answer(
         )
         for talk, answer in zip(asked, answers, strict=True):
             finished = answer[-1] in stop_ids
-            content = tokenizer.decode(answer[:-1] if finished else answer)
+            content = tokenizer.decode(answer[:-1] if finished else answer, clean_up_tokenization_spaces=False)
             talk.hear({"role": "assistant", "content": content}, finished=finished, tokens=len(answer))

@@ -93,7 +93,7 @@ def self_prompts(
             )
             rows = []
             for tokens in drawn:
-                text = tokenizer.decode(tokens[:-1]).strip()
+                text = tokenizer.decode(tokens[:-1], clean_up_tokenization_spaces=False).strip()
                 if tokens[-1] in closing and len(text) >= 8 and text not in seen and len(seen) < count:
                     seen.add(text)
                     rows.append({"question_id": f"self-{len(seen)}", "category": "self", "turns": [text]})

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from contextlib import contextmanager
 from functools import partial
+from threading import RLock
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -21,6 +22,7 @@ from slipstream.distill.attention import grouped_product, has_amx, score_blocks,
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+_ONE = RLock()  # transformers has one place for an attention, whatever the threads
 FEW = 64
 """Queries below which torch's kernel is the faster one."""
 
@@ -119,8 +121,9 @@ def used(starts: Tensor | None = None, masks: Sequence[Tensor] = ()) -> Iterator
         masks: What keeps them apart, as the model is given it: added to the scores, [1, 1, L, L].
     """
     ours = _attention if starts is None else partial(_attention, texts=_Texts.of(starts, masks))
-    ALL_ATTENTION_FUNCTIONS["sdpa"] = ours
-    try:
-        yield
-    finally:
-        del ALL_ATTENTION_FUNCTIONS["sdpa"]
+    with _ONE:
+        ALL_ATTENTION_FUNCTIONS["sdpa"] = ours
+        try:
+            yield
+        finally:
+            del ALL_ATTENTION_FUNCTIONS["sdpa"]

@@ -37,8 +37,11 @@ def cache_folder() -> Path:
 
 def from_gguf(file: Path) -> Path:
     """Dequantise a GGUF once into a folder of fp32 safetensors, and return that folder."""
-    digest = hashlib.sha256(file.read_bytes()).hexdigest()[:16]
-    folder = cache_folder() / f"{file.stem}-{digest}"
+    whole = hashlib.sha256()
+    with file.open("rb") as content:  # in parts: it may be larger than memory
+        while part := content.read(2**24):
+            whole.update(part)
+    folder = cache_folder() / f"{file.stem}-{whole.hexdigest()[:16]}"
     if not folder.exists():
         source = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
         loaded = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)

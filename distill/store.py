@@ -232,14 +232,22 @@ class Store:
 
 def weights_fingerprint(target: Target, dtype: torch.dtype | None = None) -> str:
     """Fingerprint of some 64 values of every parameter, on whatever device it lies; as they would be in `dtype`, if given."""
-    samples = []
+    samples: list[bytes | Tensor] = []
     for prefix, module in target.model.named_modules():
         with align_module_device(module):  # brings back what accelerate keeps elsewhere
             for name, parameter in module.named_parameters(recurse=False):
-                values = parameter.detach().flatten()
-                sample = values[:: max(1, len(values) // 64)].to(dtype).float().cpu()
-                samples += [f"{prefix}.{name} {list(parameter.shape)}".encode(), sample]
+                samples.append(f"{prefix}.{name} {list(parameter.shape)}".encode())
+                parts = [part.flatten() for part in _plain(parameter.detach())]
+                samples += [values[:: max(1, len(values) // 64)].to(dtype).float().cpu() for values in parts]
     return digest(*samples)[:16]
+
+
+def _plain(tensor: Tensor) -> list[Tensor]:
+    """The tensors that hold a tensor's values: itself, or the parts of a quantised one (torchao)."""
+    if not hasattr(tensor, "__tensor_flatten__"):
+        return [tensor]
+    names, _ = tensor.__tensor_flatten__()
+    return [part for name in names for part in _plain(getattr(tensor, name))]
 
 
 def require_same(folder: Path, theirs: Manifest, mine: Manifest, advice: str) -> None:

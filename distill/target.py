@@ -399,7 +399,8 @@ def find_device(asked: str | None, index: int = 0) -> str:
         device = torch.device(asked)
     except RuntimeError as error:
         raise SlipstreamError(f"unknown device {asked!r}; give cpu, cuda, cuda:1, ..") from error
-    if device.type == "cuda" and (device.index or 0) >= cards:
+    here = {"cuda": (device.index or 0) < cards, "mps": torch.backends.mps.is_available()}
+    if not here.get(device.type, True):
         raise SlipstreamError(f"device {asked!r} is not here: this machine has {cards} CUDA devices")
     return asked
 

@@ -1,5 +1,7 @@
 """Attention by blocks against torch's own."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from tiny import VOCAB, tiny_target
@@ -41,6 +43,16 @@ def test_masks_mean_what_they_mean_to_torch(rows, kind):
     ours = blocks.attend(query, key, value, mask, 0.25, causal=False)
     plain = scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=True)
     torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-5)
+
+
+def test_targets_in_several_threads_do_not_see_each_other():
+    ids = torch.randint(3, 90, (2, 100), generator=torch.Generator().manual_seed(0))
+    targets = [tiny_target(seed=seed) for seed in (0, 1)]
+    want = [target.forward(ids).logits for target in targets]
+    with ThreadPoolExecutor(4) as pool:
+        found = [pool.submit(target.forward, ids) for _ in range(20) for target in targets]
+    for future, logits in zip(found, want * 20, strict=True):
+        assert torch.allclose(future.result().logits, logits, atol=1e-5)
 
 
 def test_a_target_runs_through_it_and_leaves_the_model_as_it_was(monkeypatch):

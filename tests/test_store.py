@@ -18,6 +18,7 @@ from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import tiny_target
+from torch.testing._internal.two_tensor import TwoTensor
 
 from slipstream.cli import main
 from slipstream.configs.errors import SlipstreamError
@@ -28,7 +29,7 @@ from slipstream.data.sources import read
 from slipstream.distill import capture
 from slipstream.distill.capture import bytes_per_token, claim, cut, finish, plan_store, write_shards
 from slipstream.distill.features import StoredFeatures
-from slipstream.distill.store import Store, decode, encode
+from slipstream.distill.store import Store, decode, encode, weights_fingerprint
 from slipstream.distill.target import Captured, Target, load_target
 
 if TYPE_CHECKING:
@@ -448,3 +449,16 @@ def test_states_that_are_not_finite_are_not_kept(target, tokens, tmp_path):
     with pytest.raises(SlipstreamError, match=r"are not finite in torch.bfloat16; try --target.dtype bfloat16"):
         write(broken, tokens, tmp_path / "store")
     assert list(contents(tmp_path / "store")) == ["manifest.json"]
+
+
+def test_weights_in_parts_are_known_by_their_parts():
+    """torchao's are tensors of plain ones: values, and their scales."""
+    target = tiny_target()
+    layer = target.inner.layers[0].mlp.down_proj
+    whole, scale = layer.weight.detach(), torch.ones_like(layer.weight)
+    prints = [weights_fingerprint(target)]
+    for parts in ((whole, scale), (2 * whole, scale), (whole, 2 * scale)):
+        layer.weight = torch.nn.Parameter(TwoTensor(*parts), requires_grad=False)
+        prints += [weights_fingerprint(target), weights_fingerprint(target)]
+    assert len(set(prints)) == 4
+    assert prints[1::2] == prints[2::2]

@@ -212,7 +212,7 @@ class Trainer:
             except torch.OutOfMemoryError as error:
                 raise SlipstreamError(
                     f"out of memory at step {self.step}: lower data.batch_tokens ({self.batches.batch_tokens}) and raise "
-                    "train.accumulation by as much, or lower data.max_length"
+                    "train.accumulation by as much, or lower data.max_length, and give another --out"
                 ) from error
         self.save()
         self.head.eval()
