@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from slipstream.distill.compilation import Compilation
+    from slipstream.distill.target import Target
 
 _BLOCK = 256  # buffers grow by this many tokens
 
@@ -308,6 +309,14 @@ class FixedCaches:
     def __init__(self, num_layers: int, device: torch.device) -> None:
         self._num_layers, self._device = num_layers, device
         self._caches: dict[int, TreeCache] = {}
+
+    @classmethod
+    def of(cls, target: Target) -> FixedCaches:
+        """Those of a target where it is now, which all its decoders share."""
+        known: FixedCaches | None = target.__dict__.get("_caches")
+        if known is None or known._device != target.device:
+            known = target.__dict__["_caches"] = cls(target.config.num_hidden_layers, target.device)
+        return known
 
     def take(self, tokens: int) -> TreeCache:
         """The empty one that holds so many tokens; who had it before is done with it."""

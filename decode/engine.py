@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from copy import copy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,7 @@ from slipstream.decode.processors import (
     make_criteria,
     make_processors,
 )
-from slipstream.decode.stats import Stats
+from slipstream.decode.stats import Stats, mark, seconds
 from slipstream.decode.tree import Tree, root_only
 from slipstream.decode.verify import Spent, Token, Verdict, Verifier, verify
 from slipstream.distill.compilation import SIZES, Compilation
@@ -37,9 +38,6 @@ if TYPE_CHECKING:
     from slipstream.decode.recorder import Observer
     from slipstream.decode.tree import TreeShape
     from slipstream.distill.target import Target
-
-
-_KNOWN_ENDS = (MaxLengthCriteria, EosTokenCriteria)  # of `generate`; room and stop tokens say the same
 
 
 @dataclass(frozen=True)
@@ -91,7 +89,7 @@ class Decoder:
         self.target = target
         self.drafter = drafter or NoDrafter()
         self.policy = policy or Policy()
-        self._caches = FixedCaches(target.config.num_hidden_layers, target.device)
+        self._caches = FixedCaches.of(target)
 
     def generate(
         self,
@@ -181,15 +179,22 @@ class Decoder:
             raise SlipstreamError(f"custom_generate was called for another model than {self.target.name}")
         check_config(generation_config)
         check_inputs(input_ids, model_kwargs)
-        limit = generation_config.max_length - input_ids.shape[1]
+        config, limit, others = copy(generation_config), generation_config.max_length, StoppingCriteriaList()
+        for criterion in stopping_criteria:
+            if isinstance(criterion, MaxLengthCriteria):  # of `generate`, or the caller's own in its place
+                limit = criterion.max_length
+            elif isinstance(criterion, EosTokenCriteria):
+                config.eos_token_id = criterion.eos_token_id.flatten().tolist()
+            else:
+                others.append(criterion)
         seed = int(torch.randint(2**31, ())) if generation_config.do_sample else 0
         out = self._generate(
             input_ids,
             model_kwargs.get("attention_mask"),
-            limit,
-            generation_config,
+            limit - input_ids.shape[1],
+            config,
             logits_processor,
-            StoppingCriteriaList(c for c in stopping_criteria if not isinstance(c, _KNOWN_ENDS)),
+            others,
             None,
             seed,
             streamer,
@@ -219,6 +224,8 @@ class Decoder:
         stop = config.eos_token_id
         stops = [] if stop is None else [stop] if isinstance(stop, int) else [int(token) for token in stop]
         special = target.tokenizer.all_special_ids if target.tokenizer is not None else []
+        if not -(2**63) <= seed < 2**63 - len(prompts):
+            raise SlipstreamError(f"seed must fit into 64 bits, not {seed}")
         request = _Request(
             verifier=self.policy.rule(rule),
             processors=TreeProcessors(processors, len(prompts)),
@@ -347,7 +354,7 @@ class Decoder:
             if len(going) < len(new):
                 for part in (batch, cache, drafter, unread):
                     part.keep(going)
-            clock = time.perf_counter()
+            clock = mark(batch.ids.device)
             shape = controller.shape()
             if shape is None:
                 tree = root_only(last_tokens(batch.ids, batch.lengths))
@@ -371,7 +378,7 @@ class Decoder:
                 )
                 unread.clear()
             fed = _filled(tree, shape, compiled)
-            drafted = time.perf_counter()
+            drafted = mark(batch.ids.device)
             plain = fed.nodes == 1 and cache.rows.even and not compiled
             out = target.forward(
                 fed.tokens,
@@ -380,15 +387,15 @@ class Decoder:
                 cache=cache,
             )
             logits = out.logits[:, : tree.nodes]
-            verified = time.perf_counter()
-            stats.count(drafted - clock, verified - drafted, tree.nodes * len(going))
-            verdict = self._judge(request, batch, tree, logits)
+            verified = mark(batch.ids.device)
+            verdict = self._judge(request, batch, tree, logits)  # which waits for a card
+            spent = seconds(clock, drafted), seconds(drafted, verified)
+            stats.count(*spent, tree.nodes * len(going))
             cache.commit(verdict.paths)
-            controller.observe(tree, verdict.paths, drafted - clock, verified - drafted)
+            controller.observe(tree, verdict.paths, *spent)
             if request.observer is not None:
                 judged = time.perf_counter()
-                times = (drafted - clock, verified - drafted, judged - seen - (verified - clock))
-                request.observer.round(batch.places, tree, logits, verdict, times)
+                request.observer.round(batch.places, tree, logits, verdict, (*spent, judged - seen - sum(spent)))
                 begun, seen = begun + time.perf_counter() - judged, time.perf_counter()
             unread.add(out.features, verdict.paths)
 

@@ -131,24 +131,25 @@ def speculative_sampling(tree: Tree, p: Tensor, q: Tensor, generators: Sequence[
     children, rows = tree.children(), torch.arange(len(p), device=p.device)
     leaf, going = torch.zeros_like(rows), torch.ones_like(rows, dtype=torch.bool)
     left = p[:, 0]  # what the next token is still to be drawn from
-    for _ in range(tree.levels):
+    # Drawn for all levels: what a row's generator gives afterwards does not depend on how far other rows come.
+    coins = uniforms(generators, (len(p), tree.levels, children.shape[2]), p.device)
+    for level in range(tree.levels):
         here, mine = q[rows, leaf], children[rows, leaf]
         passed = torch.zeros_like(going)
         place = leaf
-        coins = uniforms(generators, (len(p), mine.shape[1]), p.device)
         for rank in range(mine.shape[1]):
             child = mine[:, rank]
             trying = going & ~passed & (child >= 0)
             token = tree.tokens[rows, child.clamp(min=0)]
             chance = left[rows, token] / here[rows, token].clamp(min=1e-30)
-            accept = trying & (coins[:, rank] <= chance)
+            accept = trying & (coins[:, level, rank] <= chance)
             refuse = (trying & ~accept)[:, None]
             left = torch.where(refuse, _normalised((left - here).clamp(min=0), left), left)
             here = torch.where(refuse, _normalised(here.scatter(1, token[:, None], 0.0), here), here)
             place, passed = torch.where(accept, child, place), passed | accept
         leaf, going = place, going & passed
         left = torch.where(passed[:, None], p[rows, leaf], left)
-        if not bool(going.any()):
+        if p.is_cpu and not bool(going.any()):  # a card would be waited for
             break
     return Choice(leaf, draw(left[:, None], generators)[:, 0], torch.zeros_like(tree.tokens, dtype=torch.bool))
 

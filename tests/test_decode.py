@@ -151,6 +151,39 @@ def test_a_row_draws_the_same_alone_and_in_a_batch(temperature, copied):
         assert [t.id for t in alone.rows[0]] == [t.id for t in together.rows[row]]
 
 
+@pytest.mark.parametrize(
+    ("shape", "verify"),
+    [
+        (TreeShape.chain(3, sampled=True), "exact"),
+        (TreeShape.chain(3, sampled=True), Verifier("block")),
+        (TreeShape.fixed((2, 2), sampled=True), "exact"),
+    ],
+    ids=["chain", "block", "tree"],
+)
+def test_a_row_draws_the_same_alone_where_drafts_are_drawn(shape, verify):
+    target = tiny_target(initializer_range=0.1)
+    prompts = torch.tensor([[5, 6, 7, 5, 6], [8, 9, 10, 11, 12], [11, 12, 13, 14, 15]])
+    decoder = Decoder(target, HeadDrafter(tiny_head(target), target), Policy(tree=shape))
+    asked = {"max_new_tokens": 15, "temperature": 1.0, "verify": verify}
+    together = decoder.generate(prompts, seed=4, **asked)
+    for row in range(3):
+        alone = decoder.generate(prompts[row : row + 1], seed=4 + row, **asked)
+        assert [t.id for t in alone.rows[0]] == [t.id for t in together.rows[row]]
+
+
+def test_decoders_of_a_target_share_the_caches_that_graphs_were_recorded_for():
+    target = tiny_target()
+    assert Decoder(target)._caches is Decoder(target, NGramDrafter())._caches
+    assert Decoder(tiny_target())._caches is not Decoder(target)._caches
+
+
+@pytest.mark.parametrize("seed", [2**63, -(2**63) - 1, 2**63 - 1])
+def test_a_seed_that_no_generator_takes_is_refused(seed):
+    prompts = torch.tensor([[5, 6, 7], [8, 9, 10]])
+    with pytest.raises(SlipstreamError, match=f"seed must fit into 64 bits, not {seed}"):
+        Decoder(tiny_target()).generate(prompts, max_new_tokens=2, temperature=1.0, seed=seed)
+
+
 def test_output_ends_at_the_context():
     target = tiny_target(max_position_embeddings=16)
     prompts = torch.arange(3, 23).view(2, 10)

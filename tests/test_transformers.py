@@ -5,7 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 from tiny import greedy, tiny_head, tiny_target
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GenerationConfig, TorchAoConfig, pipeline
+from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    EosTokenCriteria,
+    GenerationConfig,
+    MaxLengthCriteria,
+    StoppingCriteriaList,
+    TorchAoConfig,
+    pipeline,
+)
 
 import slipstream
 from slipstream.configs.errors import SlipstreamError
@@ -44,6 +53,24 @@ def test_a_generation_config_means_what_it_means_to_generate(given, named):
     out = decoder_of(target).generate(PROMPT, generation_config=config, **named)
     assert out.sequences.tolist() == want.tolist()
     assert config.to_dict() == before
+
+
+@pytest.mark.parametrize("stop", [None, "4th"])
+@pytest.mark.parametrize("length", [None, 9, 40])
+def test_the_callers_own_ends_stand_in_the_place_of_the_configs(length, stop):
+    target = tiny_target()
+    text = greedy(target, PROMPT, 40)[0].tolist()
+    own = StoppingCriteriaList()
+    if length:
+        own.append(MaxLengthCriteria(length))
+    if stop:
+        own.append(EosTokenCriteria(text[PROMPT.shape[1] + 3]))
+    given = {"attention_mask": torch.ones_like(PROMPT), "max_new_tokens": 20, "eos_token_id": 95, "do_sample": False}
+    want, ours = (
+        target.model.generate(PROMPT, stopping_criteria=StoppingCriteriaList(own), **given, **more)
+        for more in ({}, {"custom_generate": decoder_of(target).custom_generate})
+    )
+    assert ours.tolist() == want.tolist()
 
 
 def test_a_sampling_config_draws_as_the_same_keywords_do():
