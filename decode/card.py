@@ -12,8 +12,12 @@ from slipstream.configs.errors import SlipstreamError
 from slipstream.configs.files import write_atomic
 from slipstream.decode.report import markdown_table
 from slipstream.distill.gguf import EMBEDDED, EMBEDDED_ON_HUB
+from slipstream.distill.tensors import read_json
 
 FILE = "README.md"
+
+_LOADS = re.compile(r'^decoder = slipstream\.load\("[^"\n]*", "path/to/this/folder"[^\n]*$', re.MULTILINE)
+_MEASURED = re.compile(r"^(?:Measured on |Not measured yet\.)[^\n]*$[\s\S]*?(?=^#|\Z)", re.MULTILINE)
 
 _BODY = """\
 # Draft head for {target}
@@ -49,11 +53,29 @@ def model_card(target: str, *, license: str | None = None, results: dict[str, An
 
 
 def write_card(folder: Path, target: str, *, license: str | None = None, results: dict[str, Any] | None = None) -> None:
-    """Write a head's README; a licence that the old one names is kept where none is given."""
-    place = folder / FILE
-    if license is None and place.is_file():
-        license = ModelCard.load(place, ignore_metadata_errors=True).data.to_dict().get("license")
-    write_atomic(place, model_card(target, license=license, results=results))
+    """Write a head's README; of one that is there, nothing changes but what was measured, up to the next heading.
+
+    `target` is named as the head's config.json names it, where it does.
+    """
+    place, config = folder / FILE, folder / "config.json"
+    named = (read_json(config).get("target_name") if config.is_file() else None) or target
+    text = model_card(named, license=license, results=results)
+    if place.is_file():
+        fresh, card = ModelCard(text, ignore_metadata_errors=True), ModelCard.load(place, ignore_metadata_errors=True)
+        told = {"license": license} if license else {}
+        card.data = ModelCardData(**{**fresh.data.to_dict(), **card.data.to_dict(), **told})
+        card.text = _updated(card.text, fresh.text)
+        text = str(card)
+    write_atomic(place, text)
+
+
+def _updated(text: str, fresh: str) -> str:
+    """A card's text with what a fresh one says of measurements, and how it loads the head."""
+    line, section = (pattern.findall(fresh)[0] for pattern in (_LOADS, _MEASURED))
+    text = _LOADS.sub(lambda _: line, text)
+    if not _MEASURED.search(text):
+        return f"{text.rstrip()}\n\n{section}"
+    return _MEASURED.sub(lambda found: section + ("\n" if found.end() < len(text) else ""), text, count=1)
 
 
 def publishable_card(text: str, *, was: str, target: str, license: str | None) -> str:

@@ -34,7 +34,8 @@ class Pieces:
             return ""
         fresh, self._text = text[len(self._text) :], text
         if text.endswith("\n"):  # what comes does not change what was: long answers are not decoded again and again
-            self._ids, self._text = [], ""
+            self._ids = [token]  # some decoders strip what the first token begins with
+            self._text = self.tokenizer.decode(self._ids, skip_special_tokens=not self.special)
         return fresh
 
 

@@ -105,6 +105,10 @@ def tune(
     """
     if len(prompts) < 2:
         raise SlipstreamError("tuning needs at least 2 prompts: one half is recorded, the other is run")
+    if max_new_tokens < 2:
+        raise SlipstreamError(
+            f"tuning needs answers with a draft in them: max_new_tokens 2 or more, not {max_new_tokens}"
+        )
     score = budget.kind == "task"
     sandbox = isolation() if score and any("test" in row for row in prompts) else None  # or an error, before the work
     with tempfile.TemporaryDirectory() as folder:
@@ -274,7 +278,7 @@ def _foresee(
         replayed += int(decision.counts.sum())
         relaxed += int(lossy.sum())
         regret += float(decision.regrets[lossy].sum())
-    tau = emitted / max(1, drafted)
+    tau = emitted / drafted if drafted else 1.0
     return Point(shape, rule, costs.speed(shape, rule, tau, length), tau, regret / replayed, relaxed / replayed)
 
 
@@ -344,7 +348,7 @@ def _confirmed(point: Point, records: Sequence[Record], exact: Sequence[Record])
     point = replace(
         point,
         speed=tokens / sum(r.seconds for r in records),
-        tau=sum(lengths) / max(1, len(lengths)),
+        tau=sum(lengths) / len(lengths) if lengths else 1.0,
         regret=sum(r.regret for r in records) / tokens,
         relaxed=sum(r.relaxed for r in records) / tokens,
         predicted=point.predicted if point.confirmed else point.speed,

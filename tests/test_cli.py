@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import io
 import json
 import shutil
@@ -505,3 +506,17 @@ def test_every_recipe_that_ships_is_one(name):
     for section, settings in yaml.safe_load(file.read_text()).items():
         for key, value in settings.items():
             assert parsed[section][key] == value, f"{section}.{key}"
+
+
+@pytest.mark.parametrize(("command", "told"), [("evaluate", "goes on where it stopped"), ("tune", "interrupted\n")])
+def test_only_what_goes_on_says_so_when_it_is_interrupted(slipstream, monkeypatch, command, told):
+    def interrupted(**_: Any) -> None:
+        raise KeyboardInterrupt
+
+    function = COMMANDS[command]
+    interrupted.__doc__, interrupted.__signature__ = function.__doc__, inspect.signature(function, eval_str=True)  # type: ignore[attr-defined]
+    monkeypatch.setitem(COMMANDS, command, interrupted)
+    ended = slipstream(command, *(("--out", "x") if command == "evaluate" else ("--draft", "x")))
+    assert ended.status == 130
+    assert ended.err.startswith("slipstream: interrupted")
+    assert told in ended.err

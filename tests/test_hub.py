@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -172,6 +173,40 @@ def test_a_card_keeps_its_licence_and_what_else_its_header_says(head_folder, hub
     assert (header.language, header.license, header.base_model) == ("en", "mit", "a/b")
 
 
+def test_what_a_card_says_beside_its_measurements_stays(head_folder):
+    card = head_folder / "README.md"
+    own = model_card("tiny", license="mit").replace("license: mit", "license: mit\nlanguage: en")
+    own = own.replace("Not measured yet.\n", "About my head.\n\nNot measured yet.\n\n## Data\n\nMy own text.\n")
+    card.write_text(own)
+    for results in (RESULTS, RESULTS | {"date": "later"}):
+        write_card(head_folder, "tiny", results=results)
+        text = card.read_text()
+        assert text.count("Measured on") == text.count("1.60×") == 1
+        assert f"{results['date']}:" in text
+        assert "Not measured" not in text
+        assert "About my head.\n\nMeasured on" in text
+        assert text.endswith("\n\n## Data\n\nMy own text.\n")
+    header = ModelCard.load(card).data
+    assert (header.language, header.license) == ("en", "mit")
+    card.write_text("Mine alone.\n")
+    write_card(head_folder, "tiny", results=RESULTS)
+    assert "\nMine alone.\n\nMeasured on" in card.read_text()
+
+
+def test_a_card_names_the_target_that_the_head_does(head_folder, tiny_target_folder):
+    (head_folder / "README.md").unlink()
+    write_card(head_folder, "/another/path/to/it", results=RESULTS)
+    assert str(tiny_target_folder) in (head_folder / "README.md").read_text()
+
+
+def test_only_a_head_has_a_card_of_ours(tiny_target_folder, tmp_path, capsys):
+    folder = shutil.copytree(tiny_target_folder, tmp_path / "model")
+    (folder / "README.md").write_text("A language model.\n")
+    assert main(["evaluate", "--draft", str(folder), "--card", "--out", str(tmp_path / "out")]) == 2
+    assert "holds no draft head of slipstream's" in capsys.readouterr().err
+    assert (folder / "README.md").read_text() == "A language model.\n"
+
+
 def test_a_card_loads_the_head_as_it_was_measured():
     line = 'slipstream.load("tiny", "path/to/this/folder"{})'
     assert line.format("") in model_card("tiny", results=RESULTS)
@@ -190,6 +225,13 @@ def test_a_head_without_a_card_is_pushed_with_one(hub, head_folder):
     assert push("--draft", head_folder, "--repo", "me/head", "--target", "a/b", "--license", "mit") == 0
     assert "Not measured yet" in hub.repos["me/head"]["README.md"].decode()
     assert json.loads(hub.repos["me/head"]["config.json"])["target_name"] == "a/b"
+
+
+def test_a_head_on_the_hub_is_exported(hub, head_folder, tmp_path):
+    assert push("--draft", head_folder, "--repo", "me/head", "--target", "a/b", "--license", "mit") == 0
+    out = tmp_path / "exported"
+    assert main(["export", "--draft", "me/head", "--to", "vllm", "--out", str(out)]) == 0
+    assert (out / "config.json").is_file()
 
 
 def test_evaluate_writes_what_it_measured_into_the_card_when_told_to(head_folder, tiny_target_folder, tmp_path):

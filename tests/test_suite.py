@@ -222,6 +222,34 @@ def test_an_interrupted_run_asks_only_for_what_is_missing(decoders, files, tmp_p
     assert all(row["turn_seconds"] in times for row in kept)  # what was measured before stands
 
 
+def test_an_interrupted_run_goes_on_with_drafts_in_their_order_only(decoders, files, tmp_path, monkeypatch):
+    plan, rows = Plan(rules=("exact",), max_new_tokens=4), read_tasks(files[:1])
+
+    def stop(*_: Any) -> None:
+        raise InterruptedRunError
+
+    monkeypatch.setattr(suite, "measure_likelihood", stop)
+    with pytest.raises(InterruptedRunError):
+        evaluate(decoders, rows, plan, tmp_path)
+    turned = dict(reversed(decoders.items()))
+    assert list(turned) != list(decoders)
+    with pytest.raises(SlipstreamError, match="drafts"):  # answers are kept by place
+        evaluate(turned, rows, plan, tmp_path)
+
+
+def test_scores_against_other_references_are_another_run(decoders, files, tmp_path):
+    rows = [{**row, "reference": ["Yo"] * len(row["turns"])} for row in read_tasks(files[:1])]
+    plan = Plan(rules=("exact",), max_new_tokens=4, score=True)
+    evaluate({"one": decoders["one"]}, rows, plan, tmp_path)
+    with pytest.raises(SlipstreamError, match=r"another run \(references\)"):
+        evaluate(
+            {"one": decoders["one"]},
+            [{**row, "reference": ["hello"] * len(row["turns"])} for row in rows],
+            plan,
+            tmp_path,
+        )
+
+
 @pytest.mark.slow
 def test_a_killed_command_goes_on(tmp_path, tiny_target_folder, files):
     out = tmp_path / "out"
@@ -399,6 +427,16 @@ def test_answers_are_shown_in_characters_and_compared_by_token(tiny_tokenizer):
     assert "".join(shown) == "Yo 中é!"
     assert "\ufffd" not in "".join(shown)
     assert any(len(piece) == 0 for piece in shown)  # bytes of a character that was not whole yet
+
+
+def test_lines_keep_the_spaces_they_begin_with(tiny_tokenizer, monkeypatch):
+    """Some decoders (Llama 2's) strip a space from what they are given."""
+    plain = tiny_tokenizer.decode
+    monkeypatch.setattr(tiny_tokenizer, "decode", lambda ids, **options: plain(ids, **options).removeprefix(" "))
+    text = "Yo:\n  hello\n Yo\n"
+    ids = tiny_tokenizer(text, add_special_tokens=False)["input_ids"]
+    pieces = Pieces(tiny_tokenizer, special=True)
+    assert "".join(map(pieces.add, ids)) == text
 
 
 def test_one_category_beside_none_has_its_own_rows():

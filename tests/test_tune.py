@@ -236,6 +236,11 @@ def test_a_budget_nothing_can_meet_names_the_nearest_point(decoder):
             tune(decoder, PROMPTS, budget=Budget.parse(budget), max_new_tokens=16, shapes=FEW, rules=loose)
 
 
+def test_answers_of_one_token_have_no_round_to_tune(decoder):
+    with pytest.raises(SlipstreamError, match="max_new_tokens 2 or more, not 1"):
+        tune(decoder, PROMPTS, budget=Budget("strict"), max_new_tokens=1)
+
+
 def test_one_prompt_is_not_enough(decoder):
     with pytest.raises(SlipstreamError, match="at least 2 prompts"):
         tune(decoder, PROMPTS[:1], budget=Budget())

@@ -60,6 +60,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
 _KIND = r"(typing\.Literal\[.*?\]|<class '[\w.]+'>)"  # as jsonargparse writes what it expected
 _KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}
 
+RESUMED = ("quickstart", "synthesize", "regenerate", "capture", "train", "evaluate")
 RECIPE_COMMANDS = ("capture", "train")  # their first parameter is a recipe: a file, and an option for every field
 
 
@@ -144,6 +145,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     transformers_logging.set_verbosity_error()
     datasets_logging.disable_progress_bar()
     datasets_logging.set_verbosity(logging.CRITICAL)
+    given = list(arguments if arguments is not None else sys.argv[1:])
+    command = next((a for a in given if a in COMMANDS), None)
     try:
         parser = _parser()
         settings = parser.instantiate(parser.parse_args(arguments))
@@ -153,8 +156,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             values["recipe"] = Recipe(**{field.name: values.pop(field.name) for field in fields(Recipe)})
         COMMANDS[settings.command](**values)
     except (SlipstreamError, ArgumentError) as error:
-        given = list(arguments if arguments is not None else sys.argv[1:])
-        command = next((a for a in given if a in COMMANDS), None)
         config = given[given.index("--config") + 1] if "--config" in given[:-1] else None
         told = _explain(str(error), command, config) if isinstance(error, ArgumentError) else error
         print(f"slipstream: {told}", file=sys.stderr)
@@ -165,7 +166,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"slipstream: cannot write {error.filename or 'the output'}: {error.strerror}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("slipstream: interrupted; the same command goes on where it stopped", file=sys.stderr)
+        told = "interrupted; the same command goes on where it stopped" if command in RESUMED else "interrupted"
+        print(f"slipstream: {told}", file=sys.stderr)
         return 130
     return 0
 

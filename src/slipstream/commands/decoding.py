@@ -185,10 +185,13 @@ def evaluate(
     from slipstream.decode.report import require_figures
     from slipstream.decode.suite import evaluate as measure
     from slipstream.decode.tasks import read_tasks, require_references
+    from slipstream.distill.heads import check_head
 
     plan = Plan(tuple(rules), tuple(temperature), tuple(batch_size), max_new_tokens, seed, score, trace)
-    if card and (len(draft) > 1 or not (Path(draft[0]) / "config.json").is_file()):
+    if card and (len(draft) > 1 or not Path(draft[0]).is_dir()):
         raise SlipstreamError(f"--card needs one draft head's folder, which {' '.join(draft)} is not")
+    if card:
+        check_head(Path(draft[0]))
     if trace and draft == ["none"]:
         raise SlipstreamError("--trace records rounds of drafts, and there is none; give --draft")
     rows = read_tasks(prompts, limit)

@@ -16,7 +16,7 @@ def export(draft: Path, to: To, out: Path, target: str | None = None, dtype: Dty
     """Write a head as another engine loads it, with SERVING.md, which says how to launch the engine.
 
     Args:
-        draft: The head's folder.
+        draft: The head's folder, or hub id.
         to: Who will load it.
         out: Folder to write.
         target: The head's target: its embeddings go along where the engine wants them, and SERVING.md names it.
@@ -24,12 +24,13 @@ def export(draft: Path, to: To, out: Path, target: str | None = None, dtype: Dty
     """
     from slipstream.decode.policy import FILE, Policy
     from slipstream.distill.formats import export_head, wants_embeddings
-    from slipstream.distill.heads import load_head
+    from slipstream.distill.heads import load_head, locate
     from slipstream.distill.serving import serving_notes
     from slipstream.distill.target import DTYPES, load_target
     from slipstream.distill.tensors import read_json
 
     _require_new(out)
+    draft = locate(draft)
     stored = read_json(draft / "config.json").get("dtype", "float32")
     head = load_head(draft, dtype=DTYPES[dtype or stored])
     needed = target is not None and wants_embeddings(head.config, to)
