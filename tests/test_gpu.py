@@ -58,6 +58,7 @@ def test_compiled_decoding_on_a_card_runs_as_cuda_graphs(kind):
     eager = [decoder.generate(prompt, max_new_tokens=40, verify=anything).sequences.tolist() for prompt in prompts]
     target.compile()
     for prompt, relaxed in zip(prompts, eager, strict=True):  # warm-up, recording, replay
+        decoder = Decoder(target, decoder.drafter, decoder.policy)  # as evaluation and tuning make them
         out = decoder.generate(prompt, max_new_tokens=40)
         assert out.sequences.tolist() == greedy(target, prompt, 40).tolist()
         assert decoder.generate(prompt, max_new_tokens=40, verify=anything).sequences.tolist() == relaxed
@@ -94,6 +95,16 @@ def test_a_round_waits_once_for_the_card(compiled, tree, verify, recwarn):
     rounds = [after - before for before, after in pairwise(waits)]
     assert len(rounds) == len(out.stats.accept_lengths)
     assert set(rounds) == {1}
+
+
+def test_the_times_of_a_card_are_those_it_took():
+    target = Target(tiny_target(hidden_size=1024, intermediate_size=4096).model.cuda())
+    decoder = Decoder(target, HeadDrafter(tiny_head(target).cuda(), target), Policy(tree=TreeShape(3, 3, 16)))
+    prompt = torch.tensor([[5, 6, 7]]).cuda()
+    for _ in range(2):
+        stats = decoder.generate(prompt, max_new_tokens=40).stats
+    assert stats.draft_seconds > 0
+    assert 0 < stats.target_seconds < stats.draft_seconds + stats.target_seconds <= stats.seconds
 
 
 @pytest.mark.parametrize("kind", HEADS)
