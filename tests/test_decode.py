@@ -377,7 +377,7 @@ def test_processors_that_forbid_every_token_are_told(temperature):
 
 
 def test_block_verification_decodes():
-    target = tiny_target()
+    target = tiny_target(eos_token_id=None)
     chain = Policy(tree=TreeShape.chain(3, sampled=True))
     head = tiny_head(target)
     out = Decoder(target, HeadDrafter(head, target), chain).generate(
