@@ -72,10 +72,9 @@ def write_card(folder: Path, target: str, *, license: str | None = None, results
 def _updated(text: str, fresh: str) -> str:
     """A card's text with what a fresh one says of measurements, and how it loads the head."""
     line, section = (pattern.findall(fresh)[0] for pattern in (_LOADS, _MEASURED))
-    text = _LOADS.sub(lambda _: line, text)
-    if not _MEASURED.search(text):
-        return f"{text.rstrip()}\n\n{section}"
-    return _MEASURED.sub(lambda found: section + ("\n" if found.end() < len(text) else ""), text, count=1)
+    loading = _LOADS.sub(lambda _: line, text)
+    told, places = _MEASURED.subn(lambda found: section + "\n" * (found.end() < len(loading)), loading, count=1)
+    return told if places else f"{loading.rstrip()}\n\n{section}"
 
 
 def publishable_card(text: str, *, was: str, target: str, license: str | None) -> str:

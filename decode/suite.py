@@ -48,6 +48,7 @@ if TYPE_CHECKING:
 
     Row = dict[str, Any]
 
+_REFERENCES = ("reference", "test", "entry_point")  # of a prompt: what its answer is scored by
 _JOURNAL = "progress.jsonl"
 _PARTS = "progress.traces"
 _SAMPLES = 3  # prompts whose answers are shown, each of another task
@@ -119,21 +120,16 @@ def evaluate(decoders: Mapping[str, Decoder], rows: Sequence[Row], plan: Plan, o
     settings = {
         **{name: said[name] for name in ("target", "device", "dtype", "think")},
         "weights": weights_fingerprint(target),
-        "drafts": [
-            [name, digest([d.policy.to_dict(), prints[name]])] for name, d in decoders.items()
-        ],  # in their order
+        "drafts": [[name, digest([d.policy.to_dict(), prints[name]])] for name, d in decoders.items()],
         "prompts": digest([[row["task"], row["turns"]] for row in rows]),
         **json.loads(json.dumps(asdict(plan))),
     }
     if plan.score:
-        settings["references"] = digest(
-            [[row.get(key) for key in ("reference", "test", "entry_point")] for row in rows]
-        )
+        settings["references"] = digest([[row.get(key) for key in _REFERENCES] for row in rows])
     if (out / "results.json").is_file():
         return _finished(out, settings)
-    begun = {
-        name: value for name, value in settings.items() if name not in ("score", "references")
-    }  # answers do without
+    # Answers are kept by the place of their draft, and do not depend on scores.
+    begun = {name: value for name, value in settings.items() if name not in ("score", "references")}
     records = measure(contenders, rows, plan, out / _JOURNAL, out / _PARTS, begun)
     groups = [group for groups in records.values() for group in groups]
     measure_likelihood(target, rows, groups)

@@ -114,7 +114,7 @@ def _attention(
 
 @contextmanager
 def used(starts: Tensor | None = None, masks: Sequence[Tensor] = ()) -> Iterator[None]:
-    """Let a model of transformers whose attention is `sdpa` run through this, within a block.
+    """Let a model of transformers whose attention is `sdpa` run through this, within a block; one thread at a time.
 
     Args:
         starts: Where each token's text begins, [1, L], where a row holds several: none is then looked at from another.

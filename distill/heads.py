@@ -84,14 +84,13 @@ def _start_near(head: DraftHead, target: Target, vocabulary: Tensor) -> None:
     reads the target's late state through the target's own output matrix. Where the residual stream is the target's own,
     without norms before `fc` or behind the layers (a plain `eagle3` head), the MLP starts at that of the target's last layer.
     """
-    width = head.config.hidden_size
+    config = head.config
     head.fc.weight.mul_(0.1)
-    head.fc.weight[:, -head.config.target_hidden_size :] += torch.eye(width, head.config.target_hidden_size)
+    head.fc.weight[:, -config.target_hidden_size :] += torch.eye(config.hidden_size, config.target_hidden_size)
     output = target.model.get_output_embeddings()
-    if head.config.kind != "eagle1" and output is not None and output.weight.shape[1] == width:
+    if config.kind != "eagle1" and output is not None and output.weight.shape[1] == config.hidden_size:
         with align_module_device(output):  # brings back what accelerate keeps elsewhere
             head.lm_head.weight.copy_(output.weight[vocabulary.to(output.weight.device)].float())
-    config = head.config
     if config.kind != "eagle3" or config.fc_norm or config.norm_before_fc or config.norm_output:
         return
     first: Any = head.midlayer

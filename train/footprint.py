@@ -157,9 +157,8 @@ def _loss_bytes(recipe: Recipe, head: DraftHead, kind: str) -> int:
     width, vocabulary = head.config.hidden_size, head.config.draft_vocab_size
     outputs = recipe.distill.steps * rows * length
     mixed = recipe.train.mixed_precision == "bf16"
-    precision, copies = (
-        (2, 1) if mixed else (4, 0)
-    )  # of the output layer, beside its gradients and the last part of them
+    # Of the output layer, beside its gradients and the last part of them.
+    precision, copies = (2, 1) if mixed else (4, 0)
     trained = sum(p.numel() for p in head.lm_head.parameters() if p.requires_grad)
     part = part_size(vocabulary, kind) * width * precision if trained else 0
     layer = vocabulary * width * precision * copies + trained * 4 + part
