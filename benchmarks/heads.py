@@ -51,16 +51,17 @@ def main(
     """
     loaded = slipstream.load_target(target, dtype=dtype, device=device)
     rows = first_turns(prompts, limit)
-    groups = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
     lines = []
     with progress("heads", len(drafts) * len(TREES) * len(rows), "answers") as advance:
         for draft in drafts:
             decoder, cells = slipstream.load(loaded, draft), []
             for tree in TREES.values():
                 shaped, records = Decoder(decoder.target, decoder.drafter, Policy(tree=tree)), []
-                for group in groups:
-                    options = {"max_new_tokens": tokens, "temperature": temperature}
-                    records += answer_batch(shaped, "exact", group, **options)
+                for start in range(0, len(rows), batch_size):
+                    group = rows[start : start + batch_size]
+                    records += answer_batch(
+                        shaped, "exact", group, max_new_tokens=tokens, temperature=temperature, seed=start
+                    )
                     advance(len(group))
                 cells.append(words(tau(sums(records))))
             lines.append([draft, *cells])

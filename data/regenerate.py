@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from slipstream.configs.errors import SlipstreamError
 from slipstream.configs.progress import console, progress
 from slipstream.data.journal import Journal, digest
-from slipstream.data.template import encode_prompt, require_generation_prompt, thinking
+from slipstream.data.template import encode_prompt, require_generation_prompt, thinking, written
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -234,5 +234,5 @@ def _answer(
         )
         for talk, answer in zip(asked, answers, strict=True):
             finished = answer[-1] in stop_ids
-            content = tokenizer.decode(answer[:-1] if finished else answer, clean_up_tokenization_spaces=False)
+            content = written(tokenizer, answer[:-1] if finished else answer, special=True)
             talk.hear({"role": "assistant", "content": content}, finished=finished, tokens=len(answer))

@@ -12,7 +12,7 @@ import yaml
 from slipstream.configs.errors import SlipstreamError
 from slipstream.configs.progress import progress
 from slipstream.data.journal import Journal
-from slipstream.data.template import user_turn
+from slipstream.data.template import user_turn, written
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -93,7 +93,7 @@ def self_prompts(
             )
             rows = []
             for tokens in drawn:
-                text = tokenizer.decode(tokens[:-1], clean_up_tokenization_spaces=False).strip()
+                text = written(tokenizer, tokens[:-1], special=True).strip()
                 if tokens[-1] in closing and len(text) >= 8 and text not in seen and len(seen) < count:
                     seen.add(text)
                     rows.append({"question_id": f"self-{len(seen)}", "category": "self", "turns": [text]})

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 from slipstream.configs.errors import SlipstreamError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from transformers import PreTrainedTokenizerBase
 
 Message = dict[str, str]
@@ -59,6 +61,14 @@ def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Token ids of text that already carries its special tokens."""
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def written(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], *, special: bool = False) -> str:
+    """The text of token ids as it was written: no spaces taken out before commas, whatever the tokenizer's config says.
+
+    Special tokens have a text where `special` says so.
+    """
+    return tokenizer.decode(ids, skip_special_tokens=not special, clean_up_tokenization_spaces=False)
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, messages: list[Message], **options: Any) -> list[int]:

@@ -14,6 +14,7 @@ from transformers import GenerationConfig
 
 from slipstream.configs.errors import SlipstreamError
 from slipstream.configs.progress import progress
+from slipstream.data.template import written
 from slipstream.decode.drafters import NoDrafter
 from slipstream.decode.engine import Decoder
 from slipstream.decode.verify import Token, Verifier
@@ -89,7 +90,7 @@ class Record:
 
     def texts(self, tokenizer: PreTrainedTokenizerBase) -> list[str]:
         """The answer to each turn."""
-        return [tokenizer.decode(ids, skip_special_tokens=True) for ids in self.outputs]
+        return [written(tokenizer, ids) for ids in self.outputs]
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Record:
@@ -215,7 +216,7 @@ def answer_batch(
         share = Times(*(part / len(going) for part in spent))
         for i, output, tokens in zip(going, outputs, tagged, strict=True):
             records[i].add(output, tokens, share)
-            chats[i].append({"role": "assistant", "content": tokenizer.decode(output, skip_special_tokens=True)})
+            chats[i].append({"role": "assistant", "content": written(tokenizer, output)})
     return records
 
 

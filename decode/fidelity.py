@@ -10,6 +10,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from slipstream.configs.progress import progress
+from slipstream.data.template import written
 from slipstream.decode.evaluate import mean_interval
 
 if TYPE_CHECKING:
@@ -117,7 +118,7 @@ def _log_likelihood(target: Target, turns: Sequence[str], outputs: Sequence[Sequ
         rows = torch.arange(len(prompt) - 1, ids.shape[1] - 1, device=target.device)  # row p predicts token p+1
         logits = target.forward(ids, logits_to_keep=rows).logits[0].float()  # [output, V]
         total -= float(cross_entropy(logits, ids[0, len(prompt) :], reduction="sum"))
-        chat.append({"role": "assistant", "content": tokenizer.decode(output, skip_special_tokens=True)})
+        chat.append({"role": "assistant", "content": written(tokenizer, output)})
     return total
 
 

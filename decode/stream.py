@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.text import Text
 
+from slipstream.data.template import written
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -29,13 +31,13 @@ class Pieces:
     def add(self, token: int) -> str:
         """The next token's text; special tokens have one where `special` says so."""
         self._ids.append(token)
-        text = self.tokenizer.decode(self._ids, skip_special_tokens=not self.special)
+        text = written(self.tokenizer, self._ids, special=self.special)
         if text.endswith("\ufffd"):
             return ""
         fresh, self._text = text[len(self._text) :], text
         if text.endswith("\n"):  # what comes does not change what was: long answers are not decoded again and again
             self._ids = [token]  # some decoders strip what the first token begins with
-            self._text = self.tokenizer.decode(self._ids, skip_special_tokens=not self.special)
+            self._text = written(self.tokenizer, self._ids, special=self.special)
         return fresh
 
 
