@@ -4,7 +4,7 @@
     python benchmarks/padding.py --rounds 3
 
 The conversations are those that ship with the package, and made-up ones of lengths far apart. No model is run, unless
-`--rounds` asks what training gains where conversations are packed instead.
+`--rounds` asks what training gains where rows are padded to a few lengths only, or conversations are packed instead.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from jsonargparse import auto_cli
 
 from slipstream.configs.recipe import DataSettings, DistillSettings, HeadSettings
 from slipstream.data import batches
-from slipstream.data.batches import POOL, Batches
+from slipstream.data.batches import POOL, STEP, Batches
 from slipstream.data.conversations import load
 from slipstream.distill.gguf import EMBEDDED
 from slipstream.distill.heads import new_head
@@ -39,7 +39,7 @@ def drawn(count: int, max_length: int) -> Dataset:
 
 
 def padding(tokens: Dataset, batch_tokens: int, pool: int, seeds: Iterable[int] = range(3)) -> float:
-    """Share of padding in an epoch, a mean over seeds."""
+    """Share of padding to the longest row in an epoch, a mean over seeds."""
     batches.POOL = pool
     shares = []
     for seed in seeds:
@@ -63,20 +63,30 @@ def trained(module: Distillation, batches: Batches) -> float:
     return float(batches.lengths.sum() / (time.perf_counter() - begun))
 
 
+KINDS = {"to the longest": (1, False), f"to a multiple of {STEP}": (STEP, False), "packed": (STEP, True)}
+
+
 def compared(rounds: int, conversations: int) -> None:
-    """Print a Markdown table of epochs over the same conversations, padded and packed, which take turns."""
-    print("\n| conversations | max_length | batch_tokens | padded, tokens/s | packed, tokens/s | packed over padded |")
-    print("|---|--:|--:|--:|--:|--:|")
+    """Print a Markdown table of epochs over the same conversations, padded and packed, which take turns.
+
+    Every round has other batches: as in training, most of them are of a size that has not come before.
+    """
+    heads = " | ".join(f"{kind}, tokens/s | over the first" for kind in KINDS)
+    print(f"\n| conversations | max_length | batch_tokens | {heads} |")
+    print(f"|---|--:|--:|{'--:|--:|' * len(KINDS)}")
     target = load_target(EMBEDDED)
     head = new_head(target, torch.arange(8192), HeadSettings(), seed=0).train()
     module = Distillation(head, target, DistillSettings(), autocast=True)
     for max_length, batch_tokens in SETTINGS[:2]:
         tokens = load(DataSettings(max_length=max_length), target.chat_tokenizer).select(range(conversations))
-        kinds = [Batches(tokens, batch_tokens, 0, packed=packed) for packed in (False, True)]
-        speeds = np.array([[trained(module, batches) for batches in kinds] for _ in range(rounds)])
-        ratios = speeds[:, 1] / speeds[:, 0]
-        cells = [f"{speed:.0f}" for speed in np.median(speeds, 0)]
-        cells += [f"{np.median(ratios):.2f} [{ratios.min():.2f}, {ratios.max():.2f}]"]
+        speeds = np.empty((rounds, len(KINDS)))
+        for turn in range(rounds):
+            for place, (batches.STEP, packed) in enumerate(KINDS.values()):
+                speeds[turn, place] = trained(module, Batches(tokens, batch_tokens, turn, packed=packed))
+        cells = []
+        for own in speeds.T:
+            ratios = own / speeds[:, 0]
+            cells.append(f"{np.median(own):.0f} | {np.median(ratios):.2f} [{ratios.min():.2f}, {ratios.max():.2f}]")
         print(f"| {conversations} shipped | {max_length} | {batch_tokens} | {' | '.join(cells)} |", flush=True)
 
 
@@ -85,8 +95,8 @@ def main(pools: list[int] = [1, 16, 64, 256], rounds: int = 0, conversations: in
 
     Args:
         pools: Batches whose conversations are sorted together.
-        rounds: Times that the embedded target's head is trained on shipped conversations, padded and packed; medians are
-            told, and the range of the ratios. 0 leaves that out.
+        rounds: Times that the embedded target's head is trained on shipped conversations, padded in two ways and packed;
+            medians are told, and the range of the ratios. 0 leaves that out.
         conversations: How many of them.
     """
     print(f"| conversations | max_length | batch_tokens | {' | '.join(f'pool of {pool}' for pool in pools)} |")

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 POOL = 64  # conversations of a pool of this many batches are sorted by length
+STEP = 32  # lengths of padded batches are multiples of this, where there is room
 
 
 class Batch(NamedTuple):
@@ -100,8 +101,19 @@ class Batches:
         plan = self._plan(epoch)
         return plan[place % len(plan)]
 
+    def width(self, rows: list[int]) -> int:
+        """Tokens that some rows are padded to in one batch: their longest, up to a multiple of 32 that breaks no bound.
+
+        Batches then are of a few sizes. For each new one kernels are prepared and memory is cut anew, which took a seventh of
+        a step on a CPU (docs/benchmarks.md, "A training step").
+        """
+        longest = int(self.lengths[rows].max())
+        most = min(self.batch_tokens // len(rows), int(self.lengths.max()))  # the longest of all fits every target
+        return max(longest, min(-(-longest // STEP) * STEP, most))
+
     def __getitem__(self, index: int) -> Batch:
-        return (join if self.packed else collate)(self.tokens, self.rows(index))
+        rows = self.rows(index)
+        return join(self.tokens, rows) if self.packed else collate(self.tokens, rows, self.width(rows))
 
 
 def group(rows: np.ndarray, lengths: np.ndarray, batch_tokens: int) -> list[list[int]]:
@@ -152,10 +164,9 @@ def join(tokens: Dataset, rows: list[int]) -> Batch:
     return Batch(ids.long()[None], mask.bool()[None], starts[None])
 
 
-def collate(tokens: Dataset, rows: list[int]) -> Batch:
-    """The batch of the given rows."""
+def collate(tokens: Dataset, rows: list[int], length: int) -> Batch:
+    """The batch of the given rows, padded to `length`."""
     picked = [tokens[i] for i in rows]
-    length = max(len(row["input_ids"]) for row in picked)
     ids = torch.zeros(len(picked), length, dtype=torch.long)
     mask = torch.zeros(len(picked), length, dtype=torch.bool)
     for i, row in enumerate(picked):

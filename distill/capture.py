@@ -157,7 +157,7 @@ def capture_rows(
     ends = lengths.cumsum()
     states: dict[str, Tensor] = {}
     for picked in group(np.arange(len(part)), lengths, batch_tokens):
-        batch = collate(part, picked)
+        batch = collate(part, picked, int(lengths[picked].max()))
         captured = target.capture(batch.input_ids.to(target.device))
         if not all(bool(values.isfinite().all()) for values in captured):
             raise SlipstreamError(

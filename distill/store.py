@@ -24,6 +24,7 @@ import torch
 from accelerate.utils import align_module_device
 from datasets import Dataset
 from safetensors import SafetensorError, safe_open
+from torch.nn.functional import pad
 
 from slipstream.configs.errors import SlipstreamError
 from slipstream.configs.files import write_atomic
@@ -219,15 +220,13 @@ class Store:
             raise damaged(place, f"the states of conversation {row + 1} do not match their checksum")
         return decode(states, self._dtype)
 
-    def batch(self, rows: Sequence[int], packed: bool = False) -> Captured:
-        """States of several conversations, [B, L, A * Ht] and [B, L, Ht], with zeros behind the shorter ones, or packed."""
+    def batch(self, rows: Sequence[int], length: int | None) -> Captured:
+        """States of several conversations, [B, L, A * Ht] and [B, L, Ht], with zeros up to `length`, or packed (None)."""
         parts = [self.read(row) for row in rows]
-        if packed:
+        if length is None:
             return Captured(*(torch.cat(states)[None] for states in zip(*parts, strict=True)))
-        padded = (
-            torch.nn.utils.rnn.pad_sequence(list(states), batch_first=True) for states in zip(*parts, strict=True)
-        )
-        return Captured(*padded)
+        padded = ([pad(x, (0, 0, 0, length - len(x))) for x in states] for states in zip(*parts, strict=True))
+        return Captured(*map(torch.stack, padded))
 
 
 def weights_fingerprint(target: Target, dtype: torch.dtype | None = None) -> str:

@@ -20,7 +20,15 @@ from slipstream.data import template
 from slipstream.data.batches import Batches
 from slipstream.data.sources import read
 from slipstream.data.synthesize import self_prompts, topic_prompts
-from slipstream.data.template import encode, encode_prompt, render, require_generation_prompt, thinking, user_turn
+from slipstream.data.template import (
+    encode,
+    encode_prompt,
+    render,
+    require_generation_prompt,
+    thinking,
+    user_turn,
+    written,
+)
 from slipstream.data.vocabulary import coverage, draft_vocabulary
 from slipstream.decode.tasks import read_prompts
 
@@ -292,6 +300,14 @@ def test_the_masked_tokens_decode_to_the_answers_and_all_tokens_to_the_rendering
     assert tiny_tokenizer.decode(rendered.input_ids) == whole
 
 
+def test_text_is_as_it_was_written_where_the_tokenizer_would_clean_it_up(tiny_tokenizer):
+    tidy = copy.deepcopy(tiny_tokenizer)
+    tidy.clean_up_tokenization_spaces = True
+    ids = encode(tidy, "print(a , b) n't 's<|im_end|>")
+    assert written(tidy, ids) == "print(a , b) n't 's"
+    assert written(tidy, ids, special=True) == "print(a , b) n't 's<|im_end|>"
+
+
 @settings(deadline=None, max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(question=TEXT, answer=TEXT)
 def test_a_prompt_is_what_stands_before_the_answer(tiny_tokenizer, question, answer):
@@ -482,6 +498,17 @@ def test_a_batch_holds_no_more_padded_tokens_than_asked_for_unless_one_row_does(
     sizes = [batches[i].input_ids.shape for i in range(batches.per_epoch)]
     assert all(rows * width <= 24 for rows, width in sizes if rows > 1)
     assert [tuple(size) for size in sizes if size[0] * size[1] > 24] == [(1, 30)]
+
+
+def test_batches_are_of_few_lengths_and_none_is_longer_than_the_longest_row():
+    lengths = torch.randint(20, 301, (400,), generator=torch.Generator().manual_seed(0)).tolist()
+    batches = Batches(rows_of(*lengths), 1024, seed=0)
+    sizes = [tuple(batches[i].input_ids.shape) for i in range(batches.per_epoch)]
+    longest = [max(lengths[row] for row in batches.rows(i)) for i in range(batches.per_epoch)]
+    for (rows, width), most in zip(sizes, longest, strict=True):
+        assert most <= width <= max(lengths)
+        assert width % 32 == 0 or width in (1024 // rows, max(lengths))
+    assert len(set(sizes)) < len(set(longest)) / 2
 
 
 def test_rows_are_padded_on_the_right_with_zeros_under_no_mask():

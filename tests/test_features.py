@@ -15,7 +15,9 @@ from slipstream.cli import main
 from slipstream.configs.errors import SlipstreamError
 from slipstream.configs.recipe import DataSettings, DistillSettings, Recipe, TrainSettings
 from slipstream.data.batches import Batches
+from slipstream.distill import features
 from slipstream.distill.capture import claim, finish, plan_store, write_shards
+from slipstream.distill.features import Slabs
 from slipstream.distill.store import Store
 from slipstream.distill.target import Target
 from slipstream.train.trainer import Trainer
@@ -112,6 +114,23 @@ def test_training_on_some_batches_over_and_over_reads_them_from_a_store_too(targ
         run = Trainer(recipe, target, tiny_head(target, VOCAB).train(), batches, tmp_path / name, store=source)
         runs.append([row["loss"] for row in run.run()])
     assert runs[0] == runs[1]
+
+
+def test_what_is_kept_stays_what_it_was_and_lies_apart_from_the_heap(monkeypatch):
+    kept = Slabs().keep(torch.ones(3))
+    assert kept.untyped_storage().nbytes() > 2**25  # more than glibc's heap takes
+    monkeypatch.setattr(features, "_SLAB", 4096)
+    slabs, draw = Slabs(), torch.Generator().manual_seed(0)
+    shapes = [(1, 7, 3), (2, 5, 9), (1, 0, 4), (3, 3, 1), (1, 40, 96), (4, 7, 9)]  # the fifth is larger than a slab
+    given = [torch.randn(shape, generator=draw) for shape in shapes]
+    given = [x.bfloat16() if place % 2 else x for place, x in enumerate(given)]
+    wanted = [x.clone() for x in given]
+    kept = [slabs.keep(x) for x in given]
+    for x in given:
+        x.zero_()
+    assert all(torch.equal(x, y) and x.dtype == y.dtype for x, y in zip(kept, wanted, strict=True))
+    assert [x.data_ptr() % 64 for x in kept] == [0] * len(kept)
+    assert len({x.untyped_storage().data_ptr() for x in kept}) == 3
 
 
 def test_kept_features_and_a_store_are_one_too_many():

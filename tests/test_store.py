@@ -132,7 +132,7 @@ def test_batches_of_a_store_are_those_of_the_conversations_with_zeros_behind(fin
         rows = theirs.rows(index)
         assert mine.rows(index) == rows
         assert all(torch.equal(a, b) for a, b in zip(mine[index][:2], theirs[index][:2], strict=True))
-        batch = store.batch(rows)
+        batch = store.batch(rows, theirs.width(rows))
         assert batch.features.shape == (*theirs[index].input_ids.shape, 3 * 32)
         for i, row in enumerate(rows):
             length = len(tokens[row]["input_ids"])
@@ -145,7 +145,8 @@ def test_batches_come_in_any_order_whatever_was_announced(finished):
     features = StoredFeatures(store, Batches(store.tokens, 128, 0))
     for index, then in [(0, 1), (1, 4), (2, 3), (3, 0), (0, 0), (0, 50)]:
         captured = features.of(index, features.batches[index], then)
-        assert torch.equal(captured.features, store.batch(features.batches.rows(index)).features)
+        rows = features.batches.rows(index)
+        assert torch.equal(captured.features, store.batch(rows, features.batches.width(rows)).features)
 
 
 @given(st.lists(st.integers(1, 30), min_size=1), st.integers(1, 60))
@@ -320,7 +321,7 @@ def test_a_changed_byte_of_states_is_found_when_the_row_is_read(copied, what):
     with pytest.raises(
         SlipstreamError, match=rf"{file.name} is damaged: .* conversation {last + 1} do not match"
     ) as caught:
-        store.batch([first, last])
+        store.batch([first, last], LENGTH)
     assert "delete it and give the store's slipstream capture command again" in str(caught.value)
 
 
