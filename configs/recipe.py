@@ -196,6 +196,8 @@ class TrainSettings:
         measure_prompts: Their file, JSONL of Spec-Bench rows; None takes the tuning prompts that ship with the package.
         measure_tokens: New tokens an answer.
         mixed_precision: `bf16` or `no`; weights stay fp32.
+        gradient_checkpointing: Keep no activations of the head's MLPs, which are the larger part of what its unrolled steps
+            keep, but make them again on the way back: less memory for more time.
         compile: Run the head's layers through `torch.compile`; a CPU needs a C++ compiler for it.
         seed: Of initialisation, order and noise.
         log_every: Steps between metric rows.
@@ -218,6 +220,7 @@ class TrainSettings:
     measure_prompts: str | None = None
     measure_tokens: int = 64
     mixed_precision: Literal["bf16", "no"] = "bf16"
+    gradient_checkpointing: bool = False
     compile: bool = False
     seed: int = 0
     log_every: int = 10

@@ -9,6 +9,7 @@ import torch
 from accelerate.utils import align_module_device
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, LlamaConfig, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.llama.modeling_llama import (
     LlamaMLP,
     LlamaRMSNorm,
@@ -21,6 +22,9 @@ from slipstream.distill.store import weights_fingerprint
 
 if TYPE_CHECKING:
     from slipstream.distill.target import Target
+
+
+_SCALED = ("linear", "llama3", "yarn")  # rotary embeddings of one set of frequencies for all lengths
 
 
 class Attend(Protocol):
@@ -76,7 +80,7 @@ class DraftConfig(LlamaConfig):
             "head_dim": head_dim,
             "max_position_embeddings": config.max_position_embeddings,
             "rms_norm_eps": getattr(config, "rms_norm_eps", 1e-6),
-            "rope_parameters": {"rope_type": "default", "rope_theta": _rope_theta(config)},
+            "rope_parameters": _rope(config),
             "draft_vocab_size": min(draft_vocab_size, target.vocab_size),
             "target_hidden_size": config.hidden_size,
             "eagle_aux_hidden_state_layer_ids": layers_read(overrides.get("kind", cls.kind), target),
@@ -93,11 +97,18 @@ def layers_read(kind: str, target: Target) -> list[int]:
     return [target.config.num_hidden_layers] if kind == "eagle1" else list(target.layer_ids)
 
 
-def _rope_theta(config: Any) -> float:
-    """The base of the target's rotary embedding (of its full-attention layers, where kinds differ)."""
+def _rope(config: Any) -> dict[str, Any]:
+    """The target's rotary embedding (of its full-attention layers, where kinds differ).
+
+    Kinds whose frequencies depend on the length of the text, or that count sections of a head, are left at their base.
+    """
     rope = getattr(config, "rope_parameters", None) or {}
     rope = rope.get("full_attention", rope)
-    return float(rope.get("rope_theta", 10000.0))
+    base = float(rope.get("rope_theta", 10000.0))
+    if rope.get("rope_type") not in _SCALED or rope.get("mrope_section"):
+        return {"rope_type": "default", "rope_theta": base}
+    rope = {key: value for key, value in rope.items() if key != "partial_rotary_factor"}  # a head turns all dimensions
+    return {**rope, "rope_theta": base}
 
 
 class DraftAttention(nn.Module):
@@ -120,13 +131,17 @@ class DraftAttention(nn.Module):
         return self.o_proj(attend(query, key, value, layer).transpose(1, 2).flatten(2))
 
 
+class DraftMLP(GradientCheckpointingLayer, LlamaMLP):
+    """Llama's; with activation checkpointing what is inside is not kept, but made again on the way back."""
+
+
 class FusedLayer(nn.Module):
     """EAGLE-3's first layer: attention over embedding and feature side by side, embedding first."""
 
     def __init__(self, config: DraftConfig) -> None:
         super().__init__()
         self.self_attn = DraftAttention(config, 2 * config.hidden_size)
-        self.mlp = LlamaMLP(config)
+        self.mlp = DraftMLP(config)
         self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.hidden_norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
@@ -146,7 +161,7 @@ class PlainLayer(nn.Module):
         super().__init__()
         self.layer = layer
         self.self_attn = DraftAttention(config, config.hidden_size)
-        self.mlp = LlamaMLP(config)
+        self.mlp = DraftMLP(config)
         norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.input_layernorm = norm if norm_input else nn.Identity()
         self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
@@ -168,6 +183,7 @@ class DraftHead(PreTrainedModel):
 
     config_class = DraftConfig
     base_model_prefix = ""
+    supports_gradient_checkpointing = True
     config: DraftConfig
     d2t: Tensor
     t2d: Tensor
@@ -251,6 +267,11 @@ class DraftHead(PreTrainedModel):
         lent = nn.Linear(self.config.hidden_size, len(weight), bias=False, device="meta")
         lent.weight = nn.Parameter(weight, requires_grad=False)
         self.__dict__["lm_head"] = lent  # no submodule: neither saved nor trained
+
+    def checkpoint_activations(self) -> None:
+        """Keep no activations of the layers' MLPs while training: gradients make them again, one MLP at a time."""
+        enable = getattr(self, "activation_checkpointing_enable", None) or self.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
 
     def compile_layers(self) -> None:
         """Let the layers run through `torch.compile`, for batches of any size; attention over the caller's keys does not."""

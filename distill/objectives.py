@@ -104,8 +104,8 @@ def _at_acceptable(values: Tensor, teacher: Teacher) -> Tensor:
 def margin_mass(draft_logits: Tensor, teacher: Teacher) -> Tensor:
     """`-log q(R)`, R the tokens that the relaxed rule would accept: the top one, and the runner-up where it passes, [R].
 
-    Ours; judged against plain KL at the same budget in docs/benchmarks.md. Rows without any such token in the draft
-    vocabulary do not count in the loss.
+    Ours; judged against plain KL at the same budget in docs/benchmarks.md. As under every objective, rows whose top token
+    is not in the draft vocabulary do not count.
     """
     log_q = torch.log_softmax(draft_logits.float(), -1)
     return -_at_acceptable(log_q, teacher).logsumexp(-1)

@@ -13,6 +13,7 @@ from slipstream.configs.suggest import near
 
 if TYPE_CHECKING:
     from slipstream.configs.recipe import DistillSettings
+    from slipstream.distill.target import Target
 
 SIGNALS = ("ratio", "margin", "odds")
 
@@ -40,14 +41,16 @@ class Relaxation:
     Attributes:
         signal: `ratio`, `margin` or `odds`.
         threshold: Of the signal.
+        never: Tokens that neither pass nor are passed over: special ones, and those that end a text.
     """
 
     signal: str
     threshold: float
+    never: tuple[int, ...] = ()
 
     @classmethod
-    def of(cls, settings: DistillSettings) -> Relaxation:
-        """The rule of a recipe.
+    def of(cls, settings: DistillSettings, target: Target) -> Relaxation:
+        """The rule of a recipe, for a target.
 
         Raises:
             SlipstreamError: If its signal is unknown.
@@ -56,10 +59,12 @@ class Relaxation:
             raise SlipstreamError(
                 f"unknown distill.relaxed_signal {settings.relaxed_signal!r}{near(settings.relaxed_signal, SIGNALS)}"
             )
-        return cls(settings.relaxed_signal, settings.relaxed_threshold)
+        special = [] if target.tokenizer is None else target.tokenizer.all_special_ids
+        return cls(settings.relaxed_signal, settings.relaxed_threshold, tuple(sorted({*target.stop_ids(), *special})))
 
     def acceptable(self, logits: Tensor) -> Tensor:
         """Tokens that would be accepted after target logits [R, V]: the top one and the runner-up or -1, [R, 2]."""
         best = logits.topk(2)
         passes = near_top(self.signal, self.threshold, *best.values.float().unbind(-1))
+        passes &= ~torch.isin(best.indices, best.indices.new_tensor(self.never)).any(-1)
         return torch.stack([best.indices[:, 0], best.indices[:, 1].where(passes, -1)], -1)

@@ -171,7 +171,7 @@ class Distillation(nn.Module):
                 f"of {target.config.hidden_size}, which must be equal: leave it out, or leave head.hidden_size out"
             )
         self.objective = weighted(settings.objectives)
-        self.relaxation = Relaxation.of(settings) if set(settings.objectives) & set(MARGIN_AWARE) else None
+        self.relaxation = Relaxation.of(settings, target) if set(settings.objectives) & set(MARGIN_AWARE) else None
         self.autocast = autocast
 
     def forward(
@@ -203,8 +203,8 @@ class Distillation(nn.Module):
 
 
 def _feature_distance(output: Tensor, aim: Tensor) -> Tensor:
-    """SmoothL1 between states [R, H] in units of the target's, per row; [R]."""
-    size = aim.float().square().mean().sqrt().clamp(min=1e-6)
+    """SmoothL1 between states [R, H], each in units of its own row of the target's; [R]."""
+    size = aim.float().square().mean(-1, keepdim=True).sqrt().clamp(min=1e-6)
     return smooth_l1_loss(output.float() / size, aim.float() / size, reduction="none").mean(-1)
 
 

@@ -508,14 +508,29 @@ def test_every_recipe_that_ships_is_one(name):
             assert parsed[section][key] == value, f"{section}.{key}"
 
 
-@pytest.mark.parametrize(("command", "told"), [("evaluate", "goes on where it stopped"), ("tune", "interrupted\n")])
-def test_only_what_goes_on_says_so_when_it_is_interrupted(slipstream, monkeypatch, command, told):
-    def interrupted(**_: Any) -> None:
-        raise KeyboardInterrupt
+def broken(command: str, error: BaseException) -> Callable[..., None]:
+    """A command that ends like this."""
+
+    def run(**_: Any) -> None:
+        raise error
 
     function = COMMANDS[command]
-    interrupted.__doc__, interrupted.__signature__ = function.__doc__, inspect.signature(function, eval_str=True)  # type: ignore[attr-defined]
-    monkeypatch.setitem(COMMANDS, command, interrupted)
+    run.__doc__, run.__signature__ = function.__doc__, inspect.signature(function, eval_str=True)  # type: ignore[attr-defined]
+    return run
+
+
+@pytest.mark.parametrize(
+    ("command", "setting"), [("regenerate", "lower --batch_size"), ("generate", "take a smaller target")]
+)
+def test_out_of_memory_names_what_to_lower(slipstream, monkeypatch, command, setting):
+    monkeypatch.setitem(COMMANDS, command, broken(command, torch.OutOfMemoryError("of 80 GiB 0 are free")))
+    given = ("--prompts", "x", "--out", "y") if command == "regenerate" else ("--prompt", "x")
+    assert slipstream(command, *given).complaint.startswith(f"out of memory: {setting}")
+
+
+@pytest.mark.parametrize(("command", "told"), [("evaluate", "goes on where it stopped"), ("tune", "interrupted\n")])
+def test_only_what_goes_on_says_so_when_it_is_interrupted(slipstream, monkeypatch, command, told):
+    monkeypatch.setitem(COMMANDS, command, broken(command, KeyboardInterrupt()))
     ended = slipstream(command, *(("--out", "x") if command == "evaluate" else ("--draft", "x")))
     assert ended.status == 130
     assert ended.err.startswith("slipstream: interrupted")

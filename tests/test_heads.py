@@ -41,6 +41,34 @@ def test_greedy_output_is_that_of_generate(kind, shape):
     assert [[token.id for token in row] for row in out.rows] == want
 
 
+LLAMA_3 = {
+    "rope_type": "llama3",
+    "rope_theta": 5e5,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32}
+
+
+@pytest.mark.parametrize("rope", [LLAMA_3, YARN], ids=lambda rope: rope["rope_type"])
+def test_a_head_turns_as_its_target_does(rope, tmp_path):
+    target = tiny_target(rope_parameters=rope)
+    save_head(tiny_head(target), tmp_path / "draft", {})
+    mine, theirs = load_head(tmp_path / "draft").rotary, target.model.base_model.rotary_emb
+    assert torch.equal(mine.inv_freq, theirs.inv_freq)
+    assert mine.attention_scaling == theirs.attention_scaling
+    assert not torch.equal(mine.inv_freq, tiny_head(tiny_target()).rotary.inv_freq)
+
+
+@pytest.mark.parametrize("rope_type", ["dynamic", "default"])
+def test_a_rope_that_depends_on_the_length_is_taken_at_its_base(rope_type):
+    rope = {"rope_type": rope_type, "rope_theta": 2e4, "factor": 2.0, "partial_rotary_factor": 0.5}
+    target = tiny_target(rope_parameters=rope)
+    assert tiny_head(target).config.rope_parameters == {"rope_type": "default", "rope_theta": 2e4}
+
+
 @pytest.mark.parametrize("kind", HEADS)
 def test_what_the_unroll_simulates_is_what_chains_measure(kind):
     head, target = pair(kind)

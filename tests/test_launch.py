@@ -8,11 +8,15 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from launched import main
+
+from slipstream.configs.errors import SlipstreamError
+from slipstream.train.launch import Launch
 
 HERE = Path(__file__).parent
 FILES = HERE.parent / "configs" / "launch"
@@ -139,6 +143,30 @@ def test_deepspeed_over_two_processes_is_the_same(alone, stage, tmp_path):
             DS_ACCELERATOR="cpu",
         )
     assert_same(tmp_path, alone, 2, begun=3)
+
+
+@pytest.mark.parametrize(
+    ("deepspeed", "processes", "told"),
+    [
+        (True, 3, "was written by 2 processes under DeepSpeed and goes on with as many"),
+        (False, 2, "was written under DeepSpeed; go on with it"),
+    ],
+)
+def test_a_checkpoint_of_deepspeed_wants_as_many_processes_under_deepspeed(tmp_path, deepspeed, processes, told):
+    folder = tmp_path / "checkpoint"
+    (folder / "step-4").mkdir(parents=True)
+    (folder / "latest").write_text("step-4")
+    for rank in range(2):
+        (folder / "step-4" / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt").touch()
+    launch = SimpleNamespace(deepspeed=deepspeed, processes=processes, everywhere=Path.exists)
+    with pytest.raises(SlipstreamError, match=told):
+        Launch.load(launch, folder)
+
+
+def test_a_plain_checkpoint_does_not_go_on_under_deepspeed(tmp_path):
+    (tmp_path / "checkpoint.pt").touch()
+    with pytest.raises(SlipstreamError, match="was not written under DeepSpeed"):
+        Launch.load(SimpleNamespace(deepspeed=True, everywhere=Path.exists), tmp_path / "checkpoint")
 
 
 @pytest.mark.parametrize("name", ["ddp", "fsdp2", "zero2", "zero3"])

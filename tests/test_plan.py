@@ -109,6 +109,7 @@ def peak(step) -> int:
         ({"kind": "parallel"}, {}, "lk_lambda", False),
         ({"layers": 2, "norm_before_fc": True}, {"mixed_precision": "no"}, "forward_kl", False),
         ({"hidden_size": 128}, {}, "forward_kl", False),
+        ({"layers": 2}, {"optimizer": "adamw", "gradient_checkpointing": True}, "forward_kl", False),
     ],
 )
 def test_a_real_step_takes_the_memory_that_was_foretold(shape, tmp_path, head, train, objective, packed):

@@ -2,6 +2,9 @@
 
 import copy
 import json
+import signal
+import subprocess
+import sys
 from dataclasses import replace
 from functools import cache
 
@@ -12,6 +15,7 @@ from safetensors.torch import load_file
 from tiny import VOCAB, greedy, tiny_head, tiny_target
 from torch.nn.functional import pad
 
+from slipstream.cli import main
 from slipstream.configs.errors import SlipstreamError
 from slipstream.configs.recipe import DataSettings, DistillSettings, HeadSettings, Recipe, TrainSettings
 from slipstream.data.batches import Batch, Batches
@@ -137,6 +141,25 @@ def test_a_run_writes_its_rows_as_it_goes_and_into_tensorboard(tmp_path):
     assert list((tmp_path / "slipstream").rglob("events.out.tfevents*"))
 
 
+def test_wandb_writes_for_a_later_sync_where_there_is_no_key(tmp_path, monkeypatch):
+    for name in ("WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))  # no .netrc
+    recipe = replace(RECIPE, train=replace(RECIPE.train, trackers=("wandb",)))
+    trainer(tmp_path / "run", recipe).run()
+    (written,) = (tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb")
+    assert written.stat().st_size > 0
+
+
+def test_what_is_made_again_on_the_way_back_teaches_the_same(tmp_path):
+    recipe = replace(RECIPE, train=replace(RECIPE.train, gradient_checkpointing=True))
+    runs = [trainer(tmp_path / str(place), settings) for place, settings in enumerate((RECIPE, recipe))]
+    rows, again = ([{**row, "seconds": 0} for row in run.run()] for run in runs)
+    assert rows == again
+    weights, wanted = (run.head.state_dict() for run in runs)
+    assert all(torch.equal(weights[name], x) for name, x in wanted.items())
+
+
 KEPT = replace(RECIPE, data=DataSettings(batches=3), distill=DistillSettings(steps=2, keep_features=True, single=0.5))
 
 
@@ -189,6 +212,41 @@ def test_a_kill_while_a_checkpoint_is_written_leaves_the_one_before(tmp_path, mo
     monkeypatch.undo()
     assert trainer(tmp_path).step == 0
     assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint.pt", "recipe.json"]
+
+
+def test_a_run_killed_in_a_checkpoint_goes_on_to_the_weights_of_an_uninterrupted_one(tmp_path, tiny_target_folder):
+    turns = [[("user", "Hi " * (1 + i % 5)), ("assistant", "Yo hello " * (3 + i % 7))] for i in range(12)]
+    rows = [{"messages": [{"role": role, "content": text} for role, text in turn]} for turn in turns]
+    (tmp_path / "c.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = {"target.name": tiny_target_folder, "data.conversations": tmp_path / "c.jsonl", "data.batch_tokens": 100}
+    given |= {
+        "head.draft_vocab_size": 64,
+        "train.max_steps": 10,
+        "train.log_every": 2,
+        "train.checkpoint_minutes": 1e-9,
+    }
+    command = ["train", *(f"--{name}={value}" for name, value in given.items())]
+    assert main([*command, f"--out={tmp_path / 'whole'}"]) == 0
+    code = (
+        "import sys, time, torch\nfrom slipstream.cli import main\n"
+        f"torch.set_num_threads({torch.get_num_threads()})\nsave, calls = torch.save, []\n"
+        "def slow(state, file):\n"
+        "    calls.append(file)\n"
+        "    if len(calls) == 3: file.write(b'half of it'); print('in the third checkpoint', flush=True); time.sleep(600)\n"
+        "    save(state, file)\n"
+        "torch.save = slow\nmain(sys.argv[1:])\n"
+    )
+    cut = tmp_path / "cut"
+    process_of = [sys.executable, "-c", code, *command, f"--out={cut}"]
+    with subprocess.Popen(process_of, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+        assert "in the third checkpoint\n" in iter(process.stdout.readline, "")
+        process.send_signal(signal.SIGKILL)
+    assert torch.load(cut / "train" / "checkpoint.pt", weights_only=True)["progress"]["step"] == 4
+    assert not (cut / "draft").exists()
+    assert main([*command, f"--out={cut}"]) == 0
+    weights, wanted = (load_file(run / "draft" / "model.safetensors") for run in (cut, tmp_path / "whole"))
+    assert weights.keys() == wanted.keys()
+    assert all(torch.equal(weights[name], x) for name, x in wanted.items())
 
 
 @pytest.mark.parametrize("keep", [0, 7, 1000, -1])
@@ -274,9 +332,18 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     assert torch.equal(kept["input_ids.0"], run.batches[0].input_ids)
 
 
-def test_running_out_of_memory_names_the_setting_to_lower(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("16 GiB were asked for"),
+        RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:124] . DefaultCPUAllocator: can't allocate memory: you tried to ..."
+        ),
+    ],
+)
+def test_running_out_of_memory_names_the_setting_to_lower(tmp_path, monkeypatch, error):
     def full(*_):
-        raise torch.OutOfMemoryError("16 GiB were asked for")
+        raise error
 
     run = trainer(tmp_path)
     monkeypatch.setattr(run, "_optimize", full)
@@ -298,9 +365,11 @@ class _Joined:
         return Batch(*(torch.cat([pad(x, (0, width - x.shape[1])) for x in kind]) for kind in kinds))
 
 
-def test_four_micro_batches_teach_what_they_teach_at_once(tmp_path):
+@pytest.mark.parametrize("feature_weight", [0.0, 10.0])
+def test_four_micro_batches_teach_what_they_teach_at_once(tmp_path, feature_weight):
     settings = replace(RECIPE.train, optimizer="adamw", max_steps=4, log_every=1)
-    plain = replace(RECIPE, distill=DistillSettings(steps=3), train=replace(settings, accumulation=4))
+    distill = DistillSettings(steps=3, feature_weight=feature_weight)
+    plain = replace(RECIPE, distill=distill, train=replace(settings, accumulation=4))
     target = tiny_target()
     batches = Batches(dataset(answers()), 60, 0)
     runs = []

@@ -229,7 +229,7 @@ def test_the_feature_weight_adds_smooth_l1_to_the_targets_own_state_of_the_predi
     ]  # row p predicts token p+2, as state p+1 does
     e = torch.cat([target.embeddings(ids)[:, 1:], torch.zeros(1, 1, 32)], 1)
     hidden = head(e, head.fuse(target.forward(ids).features), torch.arange(10)[None], UnrollAttention())[0, :8]
-    size = aim.square().mean().sqrt()
+    size = aim.square().mean(-1, keepdim=True).sqrt()
     distance = torch.nn.functional.smooth_l1_loss(head.norm(hidden) / size, aim / size, reduction="none").mean(-1).sum()
     torch.testing.assert_close(both.loss[0], plain.loss[0] + 2 * distance, rtol=1e-4, atol=1e-4)
 
@@ -249,7 +249,8 @@ def test_every_objective_is_summed_over_the_rows_that_count(name):
     torch.testing.assert_close(out.loss.detach(), losses, rtol=1e-4, atol=1e-4)
 
 
-RELAXATIONS = [Relaxation("margin", 0.7), Relaxation("ratio", 0.6), Relaxation("odds", 0.5)]
+NEVER = (3, 4, 5, 6, 7, 8, 9, 10)
+RELAXATIONS = [Relaxation("margin", 0.7, NEVER), Relaxation("ratio", 0.6, NEVER), Relaxation("odds", 0.5, NEVER)]
 
 
 @pytest.mark.parametrize("relaxation", RELAXATIONS, ids=lambda relaxation: relaxation.signal)
@@ -262,10 +263,12 @@ def test_what_training_calls_acceptable_is_what_the_verifier_accepts(relaxation)
         for token in row.topk(3).indices.tolist():  # a tree of one draft: is it accepted?
             tree = make_tree(torch.tensor([[0, token]]), torch.tensor([[0, 0]]), torch.zeros(1, 2), 1)
             evidence = LogitEvidence(tree, torch.stack([row, row])[None])
-            decision = decide_greedily(verifier, tree, evidence, [Spent()])
+            decision = decide_greedily(verifier, tree, evidence, [Spent()], torch.tensor(NEVER))
             assert (int(decision.counts) == 2) == (token in (top, other))
             seen += token == other
     assert 0 < seen < 64
+    freely = replace(relaxation, never=()).acceptable(logits)
+    assert seen < int((freely[:, 1] >= 0).sum())
 
 
 def test_margin_aware_objectives_by_hand():

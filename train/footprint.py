@@ -9,10 +9,11 @@ import copy
 from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from slipstream.distill.attention import UnrollAttention, block_size
-from slipstream.distill.draft import DraftConfig
+from slipstream.distill.draft import DraftConfig, DraftMLP
 from slipstream.distill.loss import CHUNK, GROUP, TEACHER_CHUNK, TEACHER_GROUP, part_size
 from slipstream.distill.shards import layers_of
 from slipstream.train.optimizer import make_optimizers
@@ -131,7 +132,14 @@ def unroll_bytes(recipe: Recipe, head: DraftHead, kind: str) -> int:
         kept[storage._cdata] = storage.nbytes()
         return x
 
-    twin = copy.deepcopy(head)
+    def enter(_: nn.Module, args: tuple[Tensor]) -> None:  # what an MLP begins with is kept for its being run again
+        keep(args[0])
+
+    twin = copy.deepcopy(head).train()
+    if recipe.train.gradient_checkpointing:
+        twin.checkpoint_activations()
+        for mlp in (x for x in twin.modules() if isinstance(x, DraftMLP)):
+            mlp.register_forward_pre_hook(enter)
     with FakeTensorMode(allow_non_fake_inputs=True):
         twin.to_empty(device="cpu")
         own = {x.untyped_storage()._cdata for x in twin.parameters()}
@@ -148,7 +156,8 @@ def unroll_bytes(recipe: Recipe, head: DraftHead, kind: str) -> int:
                     twin.normed(hidden.flatten(0, 1)[torch.arange(rows * length)])
                 )  # a graph lives by its end
     graph = sum(size for storage, size in kept.items() if storage not in own)
-    return features.nbytes + graph + max(_loss_bytes(recipe, head, kind), _scores_bytes(recipe, head, kind))
+    moment = (_loss_bytes(recipe, head, kind), _scores_bytes(recipe, head, kind), _mlp_bytes(recipe, head))
+    return features.nbytes + graph + max(moment)
 
 
 def _loss_bytes(recipe: Recipe, head: DraftHead, kind: str) -> int:
@@ -165,6 +174,15 @@ def _loss_bytes(recipe: Recipe, head: DraftHead, kind: str) -> int:
     slopes = min(GROUP, outputs) * vocabulary * precision
     made = max(_OBJECTIVE.get(name, 8) for name in recipe.distill.objectives)
     return outputs * width * precision + layer + slopes + made * 4 * min(CHUNK, outputs * vocabulary)
+
+
+def _mlp_bytes(recipe: Recipe, head: DraftHead) -> int:
+    """What a layer's MLP makes again on the way back, and the gradients of it, where that was not kept."""
+    if not recipe.train.gradient_checkpointing:
+        return 0
+    rows, length = padded(recipe.data)
+    precision = 2 if recipe.train.mixed_precision == "bf16" else 4
+    return 6 * rows * length * head.config.intermediate_size * precision
 
 
 def _scores_bytes(recipe: Recipe, head: DraftHead, kind: str) -> int:

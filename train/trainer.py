@@ -12,7 +12,7 @@ import torch
 from accelerate.utils import set_seed
 from safetensors.torch import save_file
 
-from slipstream.configs.errors import SlipstreamError
+from slipstream.configs.errors import SlipstreamError, out_of_memory
 from slipstream.configs.files import write_atomic, write_through
 from slipstream.configs.progress import progress
 from slipstream.configs.recipe import Recipe
@@ -84,6 +84,8 @@ class Trainer:
             shard(target, self.device)
         else:
             target.place(self.device, layers=store is None or self.settings.measure_every is not None)
+        if self.settings.gradient_checkpointing:
+            head.checkpoint_activations()
         if self.settings.compile:
             head.compile_layers()
         self.head = head
@@ -209,10 +211,13 @@ class Trainer:
         ):
             try:
                 self._steps(advance)
-            except torch.OutOfMemoryError as error:
+            except (RuntimeError, MemoryError) as error:
+                if not out_of_memory(error):
+                    raise
                 raise SlipstreamError(
                     f"out of memory at step {self.step}: lower data.batch_tokens ({self.batches.batch_tokens}) and raise "
-                    "train.accumulation by as much, or lower data.max_length, and give another --out"
+                    "train.accumulation by as much, set train.gradient_checkpointing, or lower data.max_length, and give "
+                    "another --out"
                 ) from error
         self.save()
         self.head.eval()

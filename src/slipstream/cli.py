@@ -22,7 +22,7 @@ from slipstream.commands.decoding import evaluate, generate, tune
 from slipstream.commands.heads import export, import_, inspect_
 from slipstream.commands.hub import push
 from slipstream.commands.training import capture, train
-from slipstream.configs.errors import SlipstreamError
+from slipstream.configs.errors import SlipstreamError, out_of_memory
 from slipstream.configs.recipe import Recipe
 from slipstream.configs.suggest import near
 from slipstream.quickstart import quickstart
@@ -59,6 +59,13 @@ COMMANDS: dict[str, Callable[..., None]] = {
 
 _KIND = r"(typing\.Literal\[.*?\]|<class '[\w.]+'>)"  # as jsonargparse writes what it expected
 _KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}
+
+_SMALLER = {  # what to set where memory runs out
+    "capture": "lower data.batch_tokens or data.max_length",
+    "train": "see what slipstream train --plan says, or set target.device_map auto",
+    "regenerate": "lower --batch_size",
+    "evaluate": "lower --batch_size or --max_new_tokens",
+}
 
 RESUMED = ("quickstart", "synthesize", "regenerate", "capture", "train", "evaluate")
 RECIPE_COMMANDS = ("capture", "train")  # their first parameter is a recipe: a file, and an option for every field
@@ -159,6 +166,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config = given[given.index("--config") + 1] if "--config" in given[:-1] else None
         told = _explain(str(error), command, config) if isinstance(error, ArgumentError) else error
         print(f"slipstream: {told}", file=sys.stderr)
+        return 2
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        smaller = _SMALLER.get(command or "", "take a smaller target, or another --device")
+        print(f"slipstream: out of memory: {smaller}", file=sys.stderr)
         return 2
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS):
