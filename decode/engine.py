@@ -15,6 +15,7 @@ from slipstream.configs.errors import SlipstreamError
 from slipstream.decode.batch import Batch, Unread
 from slipstream.decode.cache import FixedCaches, TreeCache
 from slipstream.decode.drafters import Drafter, NoDrafter, Round, last_tokens
+from slipstream.decode.faults import explain
 from slipstream.decode.policy import Policy
 from slipstream.decode.processors import (
     TreeProcessors,
@@ -26,7 +27,7 @@ from slipstream.decode.processors import (
 )
 from slipstream.decode.stats import Stats, mark, seconds
 from slipstream.decode.tree import Tree, root_only
-from slipstream.decode.verify import Spent, Token, Verdict, Verifier, verify
+from slipstream.decode.verify import NotFiniteError, Spent, Token, Verdict, Verifier, verify
 from slipstream.distill.compilation import SIZES, Compilation
 
 if TYPE_CHECKING:
@@ -132,7 +133,8 @@ class Decoder:
                 `min_p`, `repetition_penalty`, `bad_words_ids`, `eos_token_id`, `stop_strings`, `max_time`, ..
 
         Raises:
-            SlipstreamError: If a prompt is empty or longer than the context, or an option cannot be honoured.
+            SlipstreamError: If a prompt is empty or longer than the context, an option cannot be honoured, or logits are not
+                finite.
         """
         if not isinstance(input_ids, Tensor):
             raise SlipstreamError(f"input_ids must be a tensor of token ids, [B, n], not {type(input_ids).__name__}")
@@ -282,7 +284,7 @@ class Decoder:
         return prompts
 
     def _judge(self, request: _Request, batch: Batch, tree: Tree, logits: Tensor) -> Verdict:
-        processed = None
+        processed, raw = None, logits
         if request.temperature or request.processors:
             prefixes = [
                 torch.cat([request.given[place], ids[start:end]])
@@ -291,15 +293,21 @@ class Decoder:
             processed = request.processors(batch.places, prefixes, tree, logits)
         if not request.temperature and processed is not None:
             logits, processed = processed, None
-        return verify(
-            request.verifier,
-            tree,
-            logits,
-            processed=processed,
-            generators=[request.generators[place] for place in batch.places],
-            spent=[request.spent[place] for place in batch.places],
-            never_relax=request.never_relax,
-        )
+        try:
+            return verify(
+                request.verifier,
+                tree,
+                logits,
+                processed=processed,
+                generators=[request.generators[place] for place in batch.places],
+                spent=[request.spent[place] for place in batch.places],
+                never_relax=request.never_relax,
+            )
+        except NotFiniteError as error:
+            row, path = error.row, error.path
+            text = torch.cat([batch.ids[row, : batch.lengths[row]], tree.tokens[row, path[1:]]])
+            told = explain(self.target, batch.places[row], text, raw[row, path[-1]])
+            raise SlipstreamError(told) from error
 
     def _prefill(self, batch: Batch, compiled: Compilation | None) -> tuple[TreeCache, Tensor, Tensor]:
         """Run the prompts: a cache of them, their features [B, n, A*Ht], and the logits at each one's end, [B, 1, V].

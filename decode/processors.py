@@ -43,6 +43,10 @@ _STATEFUL = (  # they count on one call per token
 _NEW_TOKENS = 256  # where nobody says how many
 _SEARCHES = {
     "num_beams": 1,
+    "num_beam_groups": 1,
+    "diversity_penalty": 0.0,
+    "constraints": None,
+    "force_words_ids": None,
     "num_return_sequences": 1,
     "penalty_alpha": None,
     "dola_layers": None,
@@ -71,7 +75,8 @@ def check_config(config: GenerationConfig) -> None:
     """Refuse the generation settings that tree decoding cannot honour.
 
     Raises:
-        SlipstreamError: On beam search, several sequences per prompt, or another assisted method.
+        SlipstreamError: On beam search, plain, in groups or constrained, several sequences per prompt, or another assisted
+            method.
     """
     for name, plain in _SEARCHES.items():
         if getattr(config, name, plain) not in (plain, None):

@@ -4,8 +4,13 @@ At a node the target decides on a token y: its argmax, or at T > 0 a draw from i
 accepted. For deterministic children this *is* the lossless tree rule (EAGLE accepts child x with probability p(x) and
 renormalises otherwise): the accepted child has law p(x), and without one the correction has the law of p outside the
 children. A relaxed rule only ever replaces a rejection: where no child is y, it may admit another one. So every rule for
-such trees is a choice of admitted nodes, made for all nodes at once; the longest path of admitted nodes is kept, among
-equals the one with fewer relaxed tokens, then with less regret.
+such trees is a choice of admitted nodes, made for all nodes at once.
+
+At T = 0 the longest path of admitted nodes is kept, among equals the one with fewer relaxed tokens, then with less regret.
+At T > 0 a path's length tells what was drawn below its nodes, and whoever chose by it would prefer nodes whose draws hit a
+draft: the token after them would have another law than p, though nothing was relaxed there. So where the rule would let
+several children pass, it admits the one of the largest logit, whatever stands below them, and one path is left. At a node
+the output then differs from p by no more than the probability that a rejection was replaced there.
 
 Drafts that were drawn from the draft's own distribution q are judged with q (speculative sampling, its recursion over
 siblings drawn without replacement, block verification), and only losslessly.
@@ -49,9 +54,9 @@ def admit(
     spent: Sequence[Spent],
     never_relax: Tensor | None,
 ) -> Choice:
-    """The longest path of admitted nodes: children that are y (`decided`, [B, N]), or that the rule lets pass instead.
+    """The path of admitted nodes: children that are y (`decided`, [B, N]), or that the rule lets pass instead.
 
-    `processed` is the evidence that y was drawn from; None where decoding is greedy.
+    `processed` is the evidence that y was drawn from; None where decoding is greedy, and the longest path wins.
     """
     above = decided.gather(1, tree.parents)  # y at each node's parent
     exact = tree.tokens == above
@@ -65,6 +70,9 @@ def admit(
         if processed is not None:  # rules look at raw logits, where a forbidden token may be the runner-up
             relaxed &= processed.own > -math.inf
         relaxed[:, 0] = False
+    if processed is not None:
+        alone = _one_each(tree.parents, exact | relaxed, evidence.own)
+        exact, relaxed = exact & alone, relaxed & alone
     lines = tree.ancestors
     reached = ~(lines & ~(exact | relaxed)[:, None]).any(-1)
     depths = tree.depths.double()
@@ -83,6 +91,20 @@ def admit(
     order = torch.arange(tree.nodes, 0, -1, device=reached.device)
     leaf = (reached * order).max(1).indices  # the first of those left
     return Choice(leaf, decided.gather(1, leaf[:, None])[:, 0], relaxed)
+
+
+def _one_each(parents: Tensor, admitted: Tensor, value: Tensor) -> Tensor:
+    """Of each parent's admitted children the one of the largest value, the first of equal ones; and the root, [B, N].
+
+    Twins, which have one token, are such equals: each has a draw of its own below it, of which one must count.
+    """
+    mine, other = value[:, :, None], value[:, None]
+    ahead = (other > mine) | (other == mine).tril(-1)  # [B, N, N]: whom each node stands behind
+    rivals = (parents[:, :, None] == parents[:, None]) & admitted[:, None]
+    rivals[:, :, 0] = False  # the root is nobody's sibling
+    kept = admitted & ~(ahead & rivals).any(-1)
+    kept[:, 0] = True
+    return kept
 
 
 def _among(tokens: Tensor, some: Tensor) -> Tensor:

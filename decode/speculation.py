@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -130,14 +131,16 @@ class Confidence(Controller):
         return float(logp.max().exp()) < self.threshold
 
     def observe(self, tree: Tree, paths: Sequence[Sequence[int]], drafting: float, verifying: float) -> None:
-        own = (tree.scores - tree.scores.gather(1, tree.parents)).exp()
-        for row, path in enumerate(paths):
-            for depth in range(1, min(len(path), tree.levels) + 1):  # behind a refused draft nothing is learnt
-                at = tree.scores[row].masked_fill(tree.depths[row] != depth, -torch.inf)
-                node = int(at.argmax())
-                if not torch.isfinite(at[node]):  # copies have no probability to learn from
+        levels = torch.arange(1, tree.levels + 1, device=tree.depths.device)[:, None]
+        scores = torch.where(tree.depths[:, None] == levels, tree.scores[:, None], -torch.inf)  # [B, levels, N]
+        likeliest = scores.argmax(-1)
+        own = (tree.scores - tree.scores.gather(1, tree.parents)).exp().gather(1, likeliest)
+        told = torch.stack([likeliest.double(), own.double(), scores.amax(-1).double()], -1).tolist()  # read at once
+        for row, path in zip(told, paths, strict=True):
+            for node, probability, score in row[: len(path)]:  # behind a refused draft nothing is learnt
+                if not math.isfinite(score):  # copies have no probability to learn from
                     break
-                self.seen.append((float(own[row, node]), node in path))
+                self.seen.append((probability, int(node) in path))
         self.seen = self.seen[-512:]
         chance, passed = torch.tensor([p for p, _ in self.seen]), torch.tensor([ok for _, ok in self.seen])
         if len(self.seen) >= self._ENOUGH and passed.any() and not passed.all():

@@ -199,6 +199,19 @@ class Verdict:
     tokens: list[list[Token]]
 
 
+class NotFiniteError(SlipstreamError):
+    """A token was to be decided by logits that are not finite.
+
+    Attributes:
+        row: Of the batch.
+        path: The nodes down to the one whose logits they are, root first.
+    """
+
+    def __init__(self, row: int, path: list[int]) -> None:
+        self.row, self.path = row, path
+        super().__init__(f"the logits of row {row} at node {path[-1]} of its tree are not finite")
+
+
 class Decision(NamedTuple):
     """One round's outcome on the device; entry j of a row is about its j-th emitted token, up to `counts` of them.
 
@@ -224,22 +237,20 @@ class Decision(NamedTuple):
         """Bring it over in one transfer, and add what was relaxed to `spent`.
 
         Raises:
-            SlipstreamError: If a logit on the way is not finite.
+            NotFiniteError: If a logit on the way is not.
         """
         counts = self.counts.double()[:, None].expand_as(self.margins)
         packed = torch.stack([x.double() for x in (counts, *self[1:])], -1).tolist()
         verdict = Verdict([], [])
-        for row, mine in zip(packed, spent, strict=True):
+        for place, (row, mine) in enumerate(zip(packed, spent, strict=True)):
             kept = row[: int(row[0][0])]
-            bad = next((int(node) for _, node, *_, top in kept if not math.isfinite(top)), None)
+            path = [int(node) for _, node, *_ in kept]
+            bad = next((i for i, (*_, top) in enumerate(kept) if not math.isfinite(top)), None)
             if bad is not None:
-                raise SlipstreamError(
-                    f"the logits at draft node {bad} are not finite: check the target's weights and dtype, and whether the "
-                    "logits processors leave a token"
-                )
+                raise NotFiniteError(place, path[: bad + 1])
             out = [Token(int(t), TAGS[int(tag)], None if lossless else m, r) for _, _, t, tag, m, r, _ in kept]
             mine.add(out)
-            verdict.paths.append([int(node) for _, node, *_ in kept])
+            verdict.paths.append(path)
             verdict.tokens.append(out)
         return verdict
 

@@ -20,9 +20,9 @@ from slipstream.decode.cache import TreeCache, causal
 from slipstream.decode.drafters import HeadDrafter, NGramDrafter
 from slipstream.decode.engine import Decoder, Generation
 from slipstream.decode.policy import Policy
-from slipstream.decode.speculation import Speculation
+from slipstream.decode.speculation import Confidence, Speculation
 from slipstream.decode.suite import header
-from slipstream.decode.tree import TreeShape
+from slipstream.decode.tree import TreeShape, make_tree
 from slipstream.decode.verify import Verifier
 from slipstream.distill.compilation import SIZES, Compilation
 from slipstream.distill.target import Target
@@ -334,16 +334,9 @@ class Reads(TorchDispatchMode):
         return operator(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize("verify", ["exact", Verifier("mars", "margin", 3.0, regret=5.0)])
-@pytest.mark.parametrize("tree", TREES.values(), ids=TREES)
-@pytest.mark.parametrize("kind", ["eagle3", "parallel", "n-gram"])
-def test_a_round_waits_once_for_the_card(shapes, monkeypatch, kind, tree, verify, compiled):
-    target, drafter = (tiny_target(), NGramDrafter()) if kind == "n-gram" else headed(kind)
-    if compiled:
-        target.compile(static=True)
-    decoder = Decoder(target, drafter, Policy(tree=tree))
-    reads, counts, lists, make = Reads(), [], torch.Tensor.tolist, torch.tensor
+@pytest.fixture
+def reads(monkeypatch) -> Reads:
+    reads, lists, make = Reads(), torch.Tensor.tolist, torch.tensor
 
     def tolist(self):
         reads.count += 1
@@ -355,10 +348,39 @@ def test_a_round_waits_once_for_the_card(shapes, monkeypatch, kind, tree, verify
 
     monkeypatch.setattr(torch.Tensor, "tolist", tolist)
     monkeypatch.setattr(torch, "tensor", tensor)
+    return reads
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("verify", ["exact", Verifier("mars", "margin", 3.0, regret=5.0)])
+@pytest.mark.parametrize("tree", TREES.values(), ids=TREES)
+@pytest.mark.parametrize(
+    ("kind", "temperature"), [("eagle3", 0.0), ("parallel", 0.0), ("n-gram", 0.0), ("eagle3", 1.0), ("parallel", 1.0)]
+)
+def test_a_round_waits_once_for_the_card(shapes, reads, kind, temperature, tree, verify, compiled):
+    target, drafter = (tiny_target(), NGramDrafter()) if kind == "n-gram" else headed(kind)
+    if compiled:
+        target.compile(static=True)
+    decoder = Decoder(target, drafter, Policy(tree=tree))
+    counts: list[int] = []
     with reads:
         out = decoder.generate(
-            prompt(), max_new_tokens=30, verify=verify, on_tokens=lambda _: counts.append(reads.count)
+            prompt(),
+            max_new_tokens=30,
+            temperature=temperature,
+            verify=verify,
+            on_tokens=lambda _: counts.append(reads.count),
         )
     rounds = [after - before for before, after in pairwise(counts)]
     assert len(rounds) == len(out.stats.accept_lengths) >= 5
     assert set(rounds) == {1}
+
+
+def test_what_a_round_taught_the_confidence_schedule_is_read_at_once(reads):
+    tokens, parents = torch.arange(6).expand(3, -1), torch.tensor([0, 0, 0, 1, 1, 3]).expand(3, -1)
+    tree = make_tree(tokens, parents, -tokens.float(), levels=3)
+    schedule = Confidence(TreeShape(), 0.4)
+    with reads:
+        schedule.observe(tree, [[0], [0, 1, 3], [0, 2]], 0.0, 0.0)
+    assert reads.count == 1
+    assert [passed for _, passed in schedule.seen] == [False, True, True, False, False, False]

@@ -9,7 +9,7 @@ from slipstream.decode.drafters import HeadDrafter
 from slipstream.decode.engine import Decoder
 from slipstream.decode.policy import Policy
 from slipstream.decode.speculation import SCHEDULES, Confidence, CostAware, Entropy, Heuristic, Speculation
-from slipstream.decode.tree import TreeShape, make_tree
+from slipstream.decode.tree import TreeShape, graft, make_tree
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -67,6 +67,41 @@ def test_the_confidence_threshold_moves_to_where_drafts_stop_being_worth_it():
         high.observe(_chain([0.9 if sure else 0.7]), [[0, 1] if sure else [0]], 0.0, 0.0)
     assert 0.1 < low.threshold <= 0.3
     assert 0.7 < high.threshold <= 0.9
+
+
+def _learnt_slowly(tree, paths):
+    """What `Confidence` learns from a round, node by node."""
+    seen = []
+    for row, path in enumerate(paths):
+        for depth in range(1, min(len(path), tree.levels) + 1):
+            level = [
+                n for n in range(tree.nodes) if int(tree.depths[row, n]) == depth and tree.scores[row, n].isfinite()
+            ]
+            if not level:
+                break
+            node = max(level, key=lambda n: float(tree.scores[row, n]))
+            own = (tree.scores[row, node] - tree.scores[row, tree.parents[row, node]]).exp()
+            seen.append((pytest.approx(float(own)), node in path))
+    return seen
+
+
+@pytest.mark.parametrize("copied", [0, 3])
+def test_confidence_learns_from_the_likeliest_draft_of_each_level(copied):
+    draw = torch.Generator().manual_seed(copied)
+    for _ in range(20):
+        parents = torch.stack([torch.randint(0, max(1, n), (2,), generator=draw) for n in range(12)], 1)
+        scores = torch.zeros(2, 12)
+        for node in range(1, 12):
+            step = torch.rand(2, generator=draw).log()
+            scores[:, node] = scores.gather(1, parents[:, node, None])[:, 0] + step
+        tree = make_tree(torch.zeros(2, 12, dtype=torch.long), parents, scores, levels=11)
+        if copied:
+            tree = graft(tree, torch.ones(2, 14, dtype=torch.long), copied)
+        leaves = torch.randint(0, tree.nodes, (2,), generator=draw)
+        paths = [tree.ancestors[row, leaf].nonzero()[:, 0].tolist() for row, leaf in enumerate(leaves)]
+        schedule = Confidence(TreeShape(), 0.4)
+        schedule.observe(tree, paths, 0.0, 0.0)
+        assert schedule.seen == _learnt_slowly(tree, paths)
 
 
 def _rounds(schedule, accepted, rounds=40):

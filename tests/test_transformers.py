@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from tiny import greedy, tiny_head, tiny_target
@@ -12,6 +14,7 @@ from transformers import (
     GenerationConfig,
     MaxLengthCriteria,
     StoppingCriteriaList,
+    TextIteratorStreamer,
     TorchAoConfig,
     pipeline,
 )
@@ -94,6 +97,36 @@ def test_without_a_number_of_new_tokens_there_is_one(options, count):
 def test_a_config_that_tree_decoding_cannot_honour_is_refused():
     with pytest.raises(SlipstreamError, match="num_beams=3 does not go with tree decoding"):
         Decoder(tiny_target()).generate(PROMPT, generation_config=GenerationConfig(num_beams=3))
+
+
+@pytest.mark.parametrize("setting", [{"num_beam_groups": 2}, {"force_words_ids": [[7]]}, {"diversity_penalty": 0.5}])
+def test_generate_refuses_them_too_where_this_decoder_is_to_do_it(setting):
+    decoder = decoder_of(tiny_target())
+    given = {"attention_mask": torch.ones_like(PROMPT), "max_new_tokens": 3, **setting}
+    with pytest.raises(SlipstreamError, match=f"{next(iter(setting))}=.* does not go with tree decoding"):
+        decoder.target.model.generate(PROMPT, custom_generate=decoder.custom_generate, **given)
+
+
+@pytest.mark.parametrize("skip_prompt", [False, True])
+def test_a_streamer_gets_the_text_that_generate_gives_it(tiny_target_folder, skip_prompt):
+    target = load_target(str(tiny_target_folder), dtype=torch.float32)
+    decoder = decoder_of(target)
+    prompt = torch.tensor([target.encode_prompt([{"role": "user", "content": "Yo hello"}])])
+    given = {"attention_mask": torch.ones_like(prompt), "max_new_tokens": 40}
+    texts = []
+    for way in ("generate", "ours", "custom_generate"):
+        # The timeout is for a failure only: all is there before it is read.
+        streamer = TextIteratorStreamer(target.chat_tokenizer, skip_prompt=skip_prompt, timeout=5.0)
+        if way == "generate":
+            target.model.generate(prompt, do_sample=False, streamer=streamer, **given)
+        elif way == "ours":
+            decoder.generate(prompt, streamer=streamer, **given)
+        else:
+            drafted = partial(decoder.custom_generate, streamer=streamer)
+            target.model.generate(prompt, do_sample=False, custom_generate=drafted, **given)
+        texts.append("".join(streamer))
+    assert texts[0] == texts[1] == texts[2] != ""
+    assert ("hello" in texts[0]) is not skip_prompt
 
 
 @pytest.mark.parametrize("batch_size", [1, 2])

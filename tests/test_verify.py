@@ -130,6 +130,64 @@ def test_relaxation_at_a_node_changes_no_more_than_the_rejections_it_replaces():
         assert float((out.tags[:, 0] == 1).float().mean()) == pytest.approx(float(lam * rejected), abs=0.005)
 
 
+SIBLINGS = torch.tensor([0.8, 1.0, 0.9, 0.8, 0.8, 0.8])  # at the root: two children that any rule lets pass
+BELOW = torch.tensor([2.0, 1.5, 0.0, 0.0, 0.9, 0.9])  # at both of them: a child that only lenience lets pass
+
+
+def _below_siblings(rule, first, second, draws=100_000):
+    """Decisions on a root with two children, tokens `first` and `second`, that have a child each: tokens 4 and 5."""
+    tokens, parents = torch.tensor([0, first, second, 4, 5]), torch.tensor([0, 0, 0, 1, 2])
+    tree = make_tree(tokens.expand(draws, -1), parents.expand(draws, -1), torch.zeros(draws, 5), levels=2)
+    logits = torch.stack([SIBLINGS, *[BELOW] * 4]).expand(draws, -1, -1)
+    generator = torch.Generator().manual_seed(3)
+    return decide(rule, tree, logits, logits, [generator], [Spent()] * draws)
+
+
+def _law(tokens, law):
+    """How well tokens [R] follow a law [V]."""
+    counts = torch.bincount(tokens, minlength=V).double()
+    return chisquare(counts, law.double() * counts.sum() / law.double().sum()).pvalue
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        Verifier("mars", "margin", 1.0),
+        Verifier("mars", "odds", 0.5),
+        Verifier("typical", epsilon=0.3, delta=0.9),
+        Verifier("top_n"),
+        Verifier("lenience", leniency=0.25),
+    ],
+    ids=lambda rule: rule.label,
+)
+def test_which_relaxed_sibling_passes_tells_nothing_of_what_comes_below_it(rule):
+    """Each has a child; if the longer path won, the next token would be that child too often."""
+    out = _below_siblings(rule, 1, 2)
+    first, then = out.tokens[:, 0], out.tokens[:, 1]
+    relaxed = out.tags[:, 0] == 1
+    taken = relaxed & (first == 1)
+    p = torch.softmax(BELOW, -1)
+    law = p.clone()
+    if rule.rule == "lenience":  # at that node too: token 4 with probability min(1, p / l), the others in proportion
+        law = p * (1 - p[4] / rule.leniency) / (1 - p[4])
+        law[4] = p[4] / rule.leniency
+    else:
+        assert first[relaxed].unique().tolist() == [1]  # of the two the likelier
+    assert int(taken.sum()) > 20_000
+    assert _law(then[taken], law) > 0.01
+    at_root = torch.softmax(SIBLINGS, -1)
+    change = (torch.bincount(first, minlength=V) / len(first) - at_root).abs().sum() / 2
+    assert float(change) <= float(relaxed.float().mean()) + 0.005  # TV is at most P(rejected and fired)
+
+
+def test_twins_do_not_draw_twice():
+    """Two children with one token, which a drafter of one's own may propose: one of them stands for both."""
+    for rule in (Verifier(), Verifier("top_n")):
+        out = _below_siblings(rule, 1, 1)
+        taken = out.tokens[:, 0] == 1
+        assert _law(out.tokens[taken, 1], torch.softmax(BELOW, -1)) > 0.01
+
+
 def test_block_verification_keeps_no_fewer_drafts_than_token_by_token():
     torch.manual_seed(3)
     target, draft = torch.randn(V, V), torch.randn(V, V)
