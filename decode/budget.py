@@ -123,7 +123,9 @@ class Point:
         regret: Nats per token.
         relaxed: Share of tokens that were relaxed.
         schedule: Of speculation.
-        predicted: Tokens per second foreseen, of a point that was run; None where a trace cannot tell.
+        predicted: Tokens per second foreseen, of a point that was run; None where nothing tells.
+        basis: What that was foreseen from: `trace`, an acceptance length and the cost of a round; `run`, the acceptance
+            length of the run itself and the rounds timed in between.
         agreement: Share of tokens before the first difference from exact decoding in the same tree, of a point that was
             run.
         recovery: Share of the exact policy's task score, of a point whose answers were scored.
@@ -141,6 +143,7 @@ class Point:
     relaxed: float
     schedule: str = "fixed"
     predicted: float | None = None
+    basis: str | None = None
     agreement: float = 1.0
     recovery: float = 1.0
     recovery_ci95: list[float] | None = field(default=None, compare=False)
@@ -157,7 +160,8 @@ class Point:
     def guarded(self) -> str:
         """The rule with its guards, in words."""
         guards = [f"rank {self.rule.rank}"] if self.rule.rank > 2 else []
-        guards += [f"{self.rule.per_round:g} a round"] if self.rule.per_round < float("inf") else []
+        most = {"a round": self.rule.per_round, "a request": self.rule.per_request, "nats a request": self.rule.regret}
+        guards += [f"{value:g} {what}" for what, value in most.items() if value < float("inf")]
         return ", ".join([self.rule.label, *guards])
 
     @property
@@ -181,6 +185,8 @@ class Point:
             "schedule": self.schedule,
             "tokens_per_second": round(self.speed, 2),
             "predicted_tokens_per_second": None if self.predicted is None else round(self.predicted, 2),
+            "predicted_from": self.basis,
+            "confirmed_over_predicted": None if self.predicted is None else round(self.speed / self.predicted, 3),
             "acceptance_length": round(self.tau, 3),
             "mean_regret_nats": round(self.regret, 5),
             "relaxed_share": round(self.relaxed, 4),

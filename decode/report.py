@@ -22,6 +22,7 @@ from slipstream.configs.files import write_atomic
 from slipstream.decode.columns import WORD_COLUMNS, fidelity_columns, score_columns
 from slipstream.decode.drawing import apart, interval_text, pooled, rule_name
 from slipstream.decode.figures import figures
+from slipstream.decode.frontier import gain
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -66,6 +67,7 @@ def write_report(path: Path, results: dict[str, Any]) -> None:
         tables=_grouped_cells(rows),
         categories=_grouped_cells(tasks),
         figures=figures(results),
+        gain=gain((results.get("policy") or {}).get("measured") or {}),
         fidelity=fidelity_columns([row for row in rows if row.get("compared_with")]),
         scores=score_columns([row for row in tasks or rows if row.get("scores")]),
         talks=_by_prompt(results.get("samples") or []),

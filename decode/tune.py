@@ -1,38 +1,36 @@
 """The fastest policy within a budget of fidelity: searched on a trace with this device's costs, confirmed by real runs.
 
-Tokens per second are predicted from rounds replayed on the contexts of the trace. A policy that accepts other tokens comes
-to other contexts, so its acceptance length is an estimate; what is chosen was run, on prompts the trace does not hold.
+What a trace foretells is in `decode/search.py`. It is an estimate: what is chosen was run, on prompts the trace does not hold.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
 import tempfile
 from dataclasses import asdict, replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from rich.table import Table
 from torch import Tensor
 
 from slipstream.configs.errors import SlipstreamError
 from slipstream.configs.progress import progress
-from slipstream.decode.budget import NEARLY, Point
-from slipstream.decode.costs import PROBES, CostProbe
+from slipstream.decode.budget import Point
+from slipstream.decode.costs import CostProbe
 from slipstream.decode.engine import Decoder
 from slipstream.decode.evaluate import compare, interval
+from slipstream.decode.frontier import pays
 from slipstream.decode.recorder import record
-from slipstream.decode.replay import check, cut, judge
 from slipstream.decode.sandbox import isolation
 from slipstream.decode.scores import recovery, score_means, score_records
+from slipstream.decode.search import LARGEST, RULES, SHAPES, candidates, frontier, longest, predict
 from slipstream.decode.speculation import SCHEDULES, Speculation
 from slipstream.decode.tasks import encode_first
 from slipstream.decode.trace import Trace
-from slipstream.decode.tree import TreeShape
-from slipstream.decode.verify import Verifier
+from slipstream.decode.verify import Spent, Verifier
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -41,36 +39,16 @@ if TYPE_CHECKING:
     from slipstream.decode.costs import Costs
     from slipstream.decode.evaluate import Record
     from slipstream.decode.policy import Policy
-    from slipstream.decode.trace import Rounds
-    from slipstream.decode.tree import Tree
-
-LARGEST = TreeShape(6, 6, 48)
-"""The tree a trace is recorded with; those searched are parts of it."""
-
-SHAPES = tuple(
-    TreeShape(depth, top_k, nodes)
-    for top_k in sorted({shape.top_k for shape in PROBES})
-    for depth in range(1, LARGEST.depth + 1)
-    for nodes in sorted({*(4, 6, 8, 10, 12, 16, 20, 24, 32), 1 + top_k, 1 + depth})
-    if max(depth, top_k) < nodes <= 1 + top_k + (depth - 1) * top_k**2
-)
-RULES = (
-    *(
-        Verifier("mars", "margin", m, rank=rank, per_round=most)
-        for m in (0.1, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
-        for rank in (2, 3)
-        for most in (float("inf"), 1)
-    ),
-    *(Verifier("mars", "ratio", r, per_round=most) for r in (0.98, 0.95, 0.9, 0.85) for most in (float("inf"), 1)),
-)
-"""Relaxed rules; greedily, `odds` rho is `margin` -log rho."""
+    from slipstream.decode.tree import TreeShape
 
 COPIES = (3, 5, 8)
 """Copied nodes tried beside the best tree."""
 
-_WIDELY = 16  # trees that all rules are tried on
-_PASSES = 2  # times that every probe is timed between the answers of a run
-_RUNS = 3  # points that are run beside the fastest exact one
+GUARDS: tuple[tuple[str, float], ...] = (("regret", 2.0), ("regret", 8.0), ("per_request", 5.0))
+"""Budgets of a whole request that the chosen rule is tried under; a trace of exact rounds does not tell what they do."""
+
+_PASSES = 2  # times that every probe is timed between the answers of the search's candidates
+_LAST_PASSES = 1  # and between those of the last run
 _NEIGHBOURS = 2  # thresholds on either side of the chosen one that are run on its tree
 
 
@@ -113,47 +91,75 @@ def tune(
     sandbox = isolation() if score and any("test" in row for row in prompts) else None  # or an error, before the work
     with tempfile.TemporaryDirectory() as folder:
         recorded = _recorded(decoder, prompts[::2], trace or Path(folder) / "trace.arrow", max_new_tokens)
-        probe = CostProbe(decoder, [_prompt(decoder, row) for row in prompts])
+        probe = _probe(decoder, prompts)
         points, length = predict(recorded, probe.measure(), shapes, rules), recorded.mean_tokens()
     best, others = frontier(points), prompts[1::2]
-    foreseen = _candidates(points, best, budget)
+    foreseen = candidates(points, best, budget)
     # A machine's speed drifts: what is run is held against what rounds timed in between foresee.
-    share = math.ceil(_PASSES * len(probe) / len(others))
-    ran = _run(decoder, foreseen, others, max_new_tokens, score, between=partial(probe.take, share))
+    ran = _run(decoder, foreseen, others, max_new_tokens, score, between=_between(probe, _PASSES, others))
     costs = probe.costs()
     foreseen = [replace(p, speed=costs.speed(p.shape, p.rule, p.tau, length)) for p in foreseen]
-    ran = [replace(point, predicted=before.speed) for point, before in zip(ran, foreseen, strict=True)]
+    ran = [replace(a, predicted=b.speed, basis="trace") for a, b in zip(ran, foreseen, strict=True)]
     fixed = budget.choose(ran)
-    compared = {"exact": (ran[0], foreseen[0]), "chosen": (fixed, foreseen[ran.index(fixed)])}
+    searched = {"exact": (ran[0], foreseen[0]), "best": (fixed, foreseen[ran.index(fixed)])}
     options = (others, max_new_tokens, score)
     # What a trace does not tell is run: copies from the text beside two trees, then the best under schedules. They may take
     # the rule beyond the budget: which of its thresholds keeps to it is found out last, on the tree that came out.
-    trees = dict.fromkeys([fixed.shape, _longest(points)])
+    trees = dict.fromkeys([fixed.shape, longest(points)])
     copied = [replace(fixed, shape=replace(shape, copied=count)) for shape in trees for count in COPIES]
     ran, again = _further(decoder, ran, [ran[0], fixed], copied, *options)
     copying = budget.best([point for point in again if point.rule == fixed.rule])
     scheduled = [replace(copying, schedule=name) for name in SCHEDULES if name != "fixed"]
-    ran, again = _further(decoder, ran, [ran[0], copying], scheduled, *options)
+    ran, again = _further(decoder, ran, [ran[0], copying], scheduled, *options, timed=fixed.rule.lossless)
     exact = chosen = budget.best([point for point in again if point.rule == fixed.rule])
     if not fixed.rule.lossless:
         ran, exact, chosen = _within(decoder, ran, chosen, fixed, budget, rules, options)
-    speedup, span = interval(exact.records, chosen.records, seed=0)
+    final = {point.label: point for point in (exact, chosen)}  # as they are told, should they have run once more
+    ran = [final.get(point.label, point) for point in ran]
     measured = {
         "budget": str(budget),
         "prompts": len(others),
         "max_new_tokens": max_new_tokens,
         "think": decoder.target.think,
         "compiled": bool(decoder.target.compiled),
-        "exact": exact.to_dict(chosen is exact),
-        "chosen": chosen.to_dict(True),
-        "chosen_over_exact": {"speedup": round(speedup, 3), "ci95": span},
-        "confirmed_over_predicted": {key: round(a.speed / b.speed, 3) for key, (a, b) in compared.items()},
-        "confirmed_over_predicted_tau": {key: round(a.tau / b.tau, 3) for key, (a, b) in compared.items()},
+        **_compared(exact, chosen),
+        "searched": {name: _held(*pair) for name, pair in searched.items()},
         "costs": asdict(costs),
         **({"sandbox": sandbox.to_dict()} if sandbox else {}),
     }
     rows = [*(point.to_dict(False) for point in best), *(point.to_dict(point.label == chosen.label) for point in ran)]
     return replace(chosen.apply(decoder.policy), measured=measured), rows
+
+
+def _compared(exact: Point, chosen: Point) -> dict[str, Any]:
+    """The chosen point and exact decoding with its tree, as they ran side by side, and whether relaxing pays there."""
+    speedup, span = interval(exact.records, chosen.records, seed=0)
+    return {
+        "exact": exact.to_dict(chosen is exact),
+        "chosen": chosen.to_dict(True),
+        "chosen_over_exact": {"speedup": round(speedup, 3), "ci95": span},
+        **({} if chosen.rule.lossless else {"relaxing_pays": pays(span)}),
+    }
+
+
+def _held(point: Point, foreseen: Point) -> dict[str, Any]:
+    """A point of the search as it ran, held against what the trace and the costs of a round foresaw."""
+    return {
+        "label": point.label,
+        "tokens_per_second": round(point.speed, 2),
+        "predicted_tokens_per_second": round(foreseen.speed, 2),
+        "confirmed_over_predicted": round(point.speed / foreseen.speed, 3),
+        "confirmed_over_predicted_tau": round(point.tau / foreseen.tau, 3),
+    }
+
+
+def _probe(decoder: Decoder, prompts: Sequence[dict[str, Any]]) -> CostProbe:
+    return CostProbe(decoder, [_prompt(decoder, row) for row in prompts])
+
+
+def _between(probe: CostProbe, passes: int, prompts: Sequence[dict[str, Any]]) -> Callable[[], None]:
+    """What times every probe so many times, if it is called behind each prompt."""
+    return partial(probe.take, math.ceil(passes * len(probe) / len(prompts)))
 
 
 def _recorded(decoder: Decoder, prompts: Sequence[dict[str, Any]], place: Path, max_new_tokens: int) -> Trace:
@@ -173,15 +179,36 @@ def _further(
     prompts: Sequence[dict[str, Any]],
     max_new_tokens: int,
     score: bool,
+    timed: bool = False,
 ) -> tuple[list[Point], list[Point]]:
     """Run points beside an exact one and the best so far: all that ran, each as it last did, and those of this time.
 
-    What was foreseen was so for another moment of this machine.
+    What was foreseen was so for another moment of this machine. Where rounds are timed in between, it is foreseen anew.
     """
-    fresh = [replace(point, predicted=None) for point in dict.fromkeys([*paired, *points])]
-    again = _run(decoder, fresh, prompts, max_new_tokens, score)
+    fresh = [replace(point, predicted=None, basis=None) for point in dict.fromkeys([*paired, *points])]
+    if timed:
+        probe = _probe(decoder, prompts)
+        between = _between(probe, _LAST_PASSES, prompts)
+        again = _run(decoder, fresh, prompts, max_new_tokens, score, between=between)
+        costs = probe.costs()
+        again = [_foretold(point, costs) for point in again]
+    else:
+        again = _run(decoder, fresh, prompts, max_new_tokens, score)
     labels = {point.label for point in again}
     return [again[0], *(point for point in ran if point.label not in labels), *again[1:]], again
+
+
+def _foretold(point: Point, costs: Costs) -> Point:
+    """A point that ran, with the speed that follows from its acceptance length, its answers and the cost of its rounds.
+
+    Copied nodes are counted as if a round always found something to copy: one that does not is cheaper. Nothing follows
+    under a schedule, which changes the tree, nor for a tree that is larger than all that were timed.
+    """
+    if point.schedule != "fixed" or point.shape.size > costs.nodes[-1]:
+        return point
+    whole = replace(point.shape, nodes=point.shape.size, copied=0)
+    length = sum(r.tokens for r in point.records) / sum(len(r.outputs) for r in point.records)
+    return replace(point, predicted=costs.speed(whole, point.rule, point.tau, length), basis="run")
 
 
 def _within(
@@ -193,19 +220,41 @@ def _within(
     rules: Sequence[Verifier],
     options: tuple[Sequence[dict[str, Any]], int, bool],
 ) -> tuple[list[Point], Point, Point]:
-    """On the best tree, the threshold that keeps to the budget: all that ran, exact decoding there, and what was chosen.
+    """On the best tree, the threshold and guards that keep to the budget: all that ran, exact decoding there, the chosen.
 
     Where none does, on the tree of a point that did. A schedule that goes by the clock, or another exact text in bf16, may
-    put all of them outside even so; that point stays then.
+    put all of them outside even so; that point stays then. Where the budget alone keeps from a faster threshold, that one
+    is run under guards too.
     """
     exact = fixed
     for tree in {point.label: point for point in (best, fixed)}.values():
         near = [replace(tree, rule=rule) for rule in _neighbours(tree.rule, rules)]
-        ran, again = _further(decoder, ran, [replace(tree, rule=Verifier()), tree], near, *options)
+        paired = [replace(tree, rule=Verifier()), tree]
+        ran, again = _further(decoder, ran, paired, [*near, *_guarded(tree)], *options, timed=True)
         exact = again[0]
-        if any(map(budget.met, again)):
-            return ran, exact, budget.choose(again)
+        if not any(map(budget.met, again)):
+            continue
+        chosen, wanted = budget.choose(again), budget.best(again)
+        known = {point.label for point in again}
+        guarded = [point for point in _guarded(wanted) if point.label not in known]
+        if budget.met(wanted) or not guarded:
+            return ran, exact, chosen
+        ran, later = _further(decoder, ran, [exact, chosen], guarded, *options, timed=True)
+        return (ran, later[0], budget.choose(later)) if any(map(budget.met, later)) else (ran, exact, chosen)
     return ran, exact, fixed
+
+
+def _guarded(point: Point) -> list[Point]:
+    """A relaxed point that ran, under each guard that one of its requests ran into: the others would change nothing."""
+    spent = [Spent()]
+    for answer in point.records:
+        tokens = iter(answer.tagged)
+        for output in answer.outputs:  # a turn is a request of its own
+            spent.append(Spent())
+            spent[-1].add(list(islice(tokens, len(output))))
+    used = {"regret": max(s.regret for s in spent), "per_request": max(s.relaxed for s in spent)}
+    rules = [replace(point.rule, **{name: most}) for name, most in GUARDS if used[name] > most]  # type: ignore[arg-type]
+    return [replace(point, rule=rule) for rule in rules]
 
 
 def _neighbours(rule: Verifier, rules: Sequence[Verifier]) -> list[Verifier]:
@@ -228,90 +277,6 @@ def record_exact(decoder: Decoder, prompts: Sequence[dict[str, Any]], path: Path
             ids = _prompt(decoder, row)
             decoder.generate(ids, max_new_tokens=max_new_tokens, verify="exact", observer=recorder)
             advance()
-
-
-def predict(
-    trace: Trace, costs: Costs, shapes: Sequence[TreeShape] = SHAPES, rules: Sequence[Verifier] = RULES
-) -> list[Point]:
-    """Exact decoding with every tree, and every relaxed rule with the best of them.
-
-    Raises:
-        SlipstreamError: If the trace cannot tell.
-    """
-    chunks, length = list(trace.rounds()), trace.mean_tokens()
-    for shape in shapes:
-        check(trace.header, Verifier(), shape)
-    trees = {shape: [cut(rounds, trace.header.tree, shape)[0] for rounds in chunks] for shape in shapes}
-
-    def foresee(shape: TreeShape, rule: Verifier) -> Point:
-        return _foresee(trace, list(zip(chunks, trees[shape], strict=True)), shape, rule, costs, length)
-
-    with progress("search", len(shapes) + _WIDELY * len(rules), "policies") as advance:
-        points = []
-        for shape in shapes:
-            points.append(foresee(shape, Verifier()))
-            advance()
-        good = sorted(points, key=lambda point: -point.speed)[:_WIDELY]
-        for point, rule in itertools.product(good, rules):
-            points.append(foresee(point.shape, rule))
-            advance()
-    return points
-
-
-def _foresee(
-    trace: Trace,
-    chunks: Sequence[tuple[Rounds, Tree]],
-    shape: TreeShape,
-    rule: Verifier,
-    costs: Costs,
-    length: float,
-) -> Point:
-    """What a policy should give on texts like the recorded ones."""
-    replayed = drafted = emitted = relaxed = 0
-    regret = 0.0
-    for rounds, tree in chunks:
-        decision = judge(rounds, tree, rule, trace.header)
-        first = rounds.round == 0
-        lossy = (decision.tags == 1) & (torch.arange(decision.tags.shape[1]) < decision.counts[:, None])
-        drafted += int((~first).sum())
-        emitted += int(decision.counts[~first].sum())
-        replayed += int(decision.counts.sum())
-        relaxed += int(lossy.sum())
-        regret += float(decision.regrets[lossy].sum())
-    tau = emitted / drafted if drafted else 1.0
-    return Point(shape, rule, costs.speed(shape, rule, tau, length), tau, regret / replayed, relaxed / replayed)
-
-
-def frontier(points: Sequence[Point]) -> list[Point]:
-    """The points that no other beats in both speed and regret, by regret."""
-    out: list[Point] = []
-    for point in sorted(points, key=lambda point: (point.regret, -point.speed)):
-        if not out or point.speed > out[-1].speed:
-            out.append(point)
-    return out
-
-
-def _longest(points: Sequence[Point]) -> TreeShape:
-    """Of the trees that exact decoding should be nearly as fast with as with the fastest, the one that accepts most."""
-    exact = [point for point in points if point.rule.lossless]
-    least = NEARLY * max(point.speed for point in exact)
-    return max((point for point in exact if point.speed >= least), key=lambda point: point.tau).shape
-
-
-def _candidates(points: Sequence[Point], best: Sequence[Point], budget: Budget) -> list[Point]:
-    """Which points to run: the fastest exact one first, then the most promising ones of the budget's kind."""
-    exact, relaxed = ([p for p in points if p.rule.lossless is kind] for kind in (True, False))
-    exact.sort(key=lambda point: -point.speed)
-    relaxed.sort(key=lambda point: -point.speed)
-    if budget.kind == "strict":
-        return exact[: 1 + _RUNS]
-    cautious = min(relaxed, key=lambda point: (point.regret, -point.speed))
-    if budget.kind == "regret":
-        chosen = [point for point in relaxed if point.regret <= budget.value][:_RUNS]
-    else:
-        line = [point for point in best if not point.rule.lossless]
-        chosen = [line[i * (len(line) - 1) // max(1, _RUNS - 1)] for i in range(_RUNS)] if line else []
-    return [exact[0], *dict.fromkeys([*chosen, cautious])]
 
 
 def _run(
@@ -351,7 +316,6 @@ def _confirmed(point: Point, records: Sequence[Record], exact: Sequence[Record])
         tau=sum(lengths) / len(lengths) if lengths else 1.0,
         regret=sum(r.regret for r in records) / tokens,
         relaxed=sum(r.relaxed for r in records) / tokens,
-        predicted=point.predicted if point.confirmed else point.speed,
         agreement=same / tokens,
         confirmed=True,
         records=records,
@@ -361,44 +325,3 @@ def _confirmed(point: Point, records: Sequence[Record], exact: Sequence[Record])
         return point
     kept, span = recovery(exact, records, seed=0)
     return replace(point, recovery=kept, recovery_ci95=span, scores=scores)
-
-
-def frontier_table(points: Sequence[dict[str, Any]]) -> Table:
-    """What was run, for the terminal; the chosen point is marked."""
-    ran = [point for point in points if point["confirmed"]]
-    scored = "recovery" in ran[0]
-    caption = "tree: depth/top-k/nodes+copied, and a schedule that is not fixed; regret: nats per token"
-    table = Table("", "rule", box=None, caption=caption, caption_justify="left")
-    table.add_column("tree", overflow="fold")
-    for name in ("tok/s", "foreseen", "tau", "regret", "agreement", *(["score kept"] if scored else [])):
-        table.add_column(name, justify="right", no_wrap=name != "score kept", overflow="fold")
-    for p in ran:
-        foreseen = p["predicted_tokens_per_second"]
-        table.add_row(
-            "*" if p["chosen"] else "",
-            p["rule"],
-            p["tree"] + (f" {p['schedule']}" if p["schedule"] != "fixed" else ""),
-            f"{p['tokens_per_second']:.1f}",
-            "-" if foreseen is None else f"{foreseen:.1f}",
-            f"{p['acceptance_length']:.2f}",
-            f"{p['mean_regret_nats']:.4f}",
-            f"{p['agreement']:.2f}",
-            *([_kept(p)] if scored else []),
-        )
-    return table
-
-
-def gain(policy: Policy) -> str:
-    """What relaxing gives beside exact decoding with the same tree and schedule, in words."""
-    measured = policy.measured
-    speedup, span = measured["chosen_over_exact"]["speedup"], measured["chosen_over_exact"]["ci95"]
-    within = f" [{span[0]:.2f}, {span[1]:.2f}]" if span else ""
-    words = f"{policy.relaxed.label} has {speedup:.2f}{within} times the tokens/s of exact decoding with its tree"
-    told = span is not None and not span[0] <= 1 <= span[1]
-    return words if told else f"{words}, which cannot be told from 1 on so few answers"
-
-
-def _kept(point: dict[str, Any]) -> str:
-    """The share of the exact task score, with its interval."""
-    span = point["recovery_ci95"]
-    return f"{point['recovery']:.3f}" + (f" ({span[0]:.2f}–{span[1]:.2f})" if span else "")

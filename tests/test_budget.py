@@ -130,6 +130,8 @@ def test_a_point_says_what_it_is():
     point = Point(FEW[1], Verifier("mars", "margin", 0.5, rank=3, per_round=1), 10.0, 1.5, 0.01, 0.1, "cost")
     assert point.label == "mars margin 0.5, rank 3, 1 a round, depth 2, top-k 2, 6 nodes, cost"
     assert "recovery" not in point.to_dict(False)
+    ones = [Verifier("mars", **{name: 1.0}) for name in ("per_round", "per_request", "regret")]
+    assert len({replace(point, rule=rule).label for rule in (Verifier("mars"), *ones)}) == 4
 
 
 def test_the_share_of_the_task_score_is_that_of_the_answers_themselves(decoder, referenced):

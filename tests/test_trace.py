@@ -2,6 +2,8 @@
 
 import copy
 import dataclasses
+from importlib import util
+from pathlib import Path
 
 import pyarrow as pa
 import pytest
@@ -15,7 +17,7 @@ from slipstream.decode.policy import Policy
 from slipstream.decode.recorder import record
 from slipstream.decode.replay import replay
 from slipstream.decode.speculation import Speculation
-from slipstream.decode.trace import KEY, Trace
+from slipstream.decode.trace import KEY, Trace, join
 from slipstream.decode.tree import TreeShape, make_tree
 from slipstream.decode.verify import Spent, Verifier, verify
 from slipstream.distill.target import Target
@@ -322,3 +324,22 @@ def test_a_hundred_thousand_rounds_of_24_nodes_fit_in_200_megabytes(decoder, tmp
     bytes_per_round = path.stat().st_size / (rows * calls)
     assert len(Trace.open(path)) == rows * calls + 1
     assert bytes_per_round < 200e6 / 100_000
+
+
+@pytest.mark.slow
+def test_a_hundred_thousand_rounds_of_tunings_own_tree_fit_in_200_megabytes(tmp_path):
+    """48 nodes over 49,152 tokens; drawn numbers, of which only what bf16 rounded away can be compressed."""
+    script = Path(__file__).parents[1] / "benchmarks" / "traces.py"
+    spec = util.spec_from_file_location("benchmarks_traces", script)
+    traces = util.module_from_spec(spec)
+    spec.loader.exec_module(traces)
+    requests = traces.record_drawn(tmp_path / "trace.arrow", 512)
+    trace = Trace.open(tmp_path / "trace.arrow")
+    assert (trace.header.tree.nodes, len(trace)) == (48, 512)
+    assert trace.path.stat().st_size / len(trace) < 200e6 / 100_000
+    join(tmp_path / "twice.arrow", [(trace.path, range(i * requests, (i + 1) * requests)) for i in range(2)])
+    once, twice = (
+        replay(Trace.open(tmp_path / f"{name}.arrow"), traces.RELAXED, traces.SMALLER) for name in ("trace", "twice")
+    )
+    assert (once.decision.tags == 1).any()
+    assert twice.decision.counts.tolist() == 2 * once.decision.counts.tolist()

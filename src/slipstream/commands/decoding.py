@@ -57,6 +57,7 @@ def generate(
     import torch
 
     import slipstream
+    from slipstream.data.template import written
     from slipstream.decode.speculation import Speculation
     from slipstream.decode.stream import TagStream
 
@@ -90,7 +91,7 @@ def generate(
             stream.statistics(out.stats)
         if not chat:
             return
-        text = tokenizer.decode([token.id for token in out.tokens], skip_special_tokens=True)
+        text = written(tokenizer, [token.id for token in out.tokens])
         messages.append({"role": "assistant", "content": text})
 
 
@@ -181,6 +182,7 @@ def evaluate(
     import slipstream
     from slipstream.configs.files import require_writable
     from slipstream.decode.card import write_card
+    from slipstream.decode.frontier import load_frontier
     from slipstream.decode.plan import Plan
     from slipstream.decode.report import require_figures
     from slipstream.decode.suite import evaluate as measure
@@ -201,9 +203,23 @@ def evaluate(
     decoders = {name: slipstream.load(loaded, name, compiled=compiled) for name in draft}
     require_figures()
     require_writable(out, 10)
+    frontier = load_frontier(Path(draft[0]), decoders[draft[0]].policy) if len(draft) == 1 else []
+    finished = (out / "results.json").is_file()
     results = measure(decoders, rows, plan, out)
+    if frontier and not finished:
+        _add_frontier(out, results, frontier)
     if card:
         write_card(Path(draft[0]), loaded.name, results=results)
+
+
+def _add_frontier(out: Path, results: dict[str, Any], frontier: list[dict[str, Any]]) -> None:
+    """Put what the head was chosen from when it was tuned into results and report."""
+    from slipstream.configs.files import write_atomic
+    from slipstream.decode.report import write_report
+
+    results["frontier"] = frontier
+    write_report(out / "report.html", results)
+    write_atomic(out / "results.json", json.dumps(results, indent=1))
 
 
 def tune(
@@ -219,7 +235,9 @@ def tune(
     adapter: str | None = None,
     compiled: bool = False,
 ) -> None:
-    """Choose tree, rule and schedule for this device within a budget of fidelity; writes decode.json into the head's folder.
+    """Choose tree, rule and schedule for this device within a budget of fidelity, into the head's folder.
+
+    decode.json is the policy with what was measured, frontier.json all points that it was chosen from.
 
     Args:
         draft: The head's folder.
@@ -240,9 +258,10 @@ def tune(
     import slipstream
     from slipstream.configs.progress import console
     from slipstream.decode.budget import Budget
+    from slipstream.decode.frontier import FILE as FRONTIER
+    from slipstream.decode.frontier import frontier_table, gain, save_frontier
     from slipstream.decode.policy import FILE
     from slipstream.decode.tasks import read_tasks, require_references, tuning_prompts
-    from slipstream.decode.tune import frontier_table, gain
     from slipstream.decode.tune import tune as search
     from slipstream.distill.heads import check_head
 
@@ -257,7 +276,8 @@ def tune(
     decoder = slipstream.load(loaded, draft, compiled=compiled)
     policy, points = search(decoder, rows, budget=limit, max_new_tokens=max_new_tokens, trace=trace)
     policy.save(draft)
+    save_frontier(draft, points)
     console.print(frontier_table(points))
-    if limit.kind != "strict":
-        console.print(gain(policy))
-    console.print(f"policy: {draft / FILE}")
+    if gained := gain(policy.measured):
+        console.print(gained)
+    console.print(f"policy: {draft / FILE}   all points: {draft / FRONTIER}")
