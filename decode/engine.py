@@ -29,6 +29,7 @@ from slipstream.decode.stats import Stats, mark, seconds
 from slipstream.decode.tree import Tree, root_only
 from slipstream.decode.verify import NotFiniteError, Spent, Token, Verdict, Verifier, verify
 from slipstream.distill.compilation import SIZES, Compilation
+from slipstream.distill.relaxation import never_relaxed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -225,7 +226,6 @@ class Decoder:
             raise SlipstreamError(f"a stream follows one prompt, not {len(prompts)}")
         stop = config.eos_token_id
         stops = [] if stop is None else [stop] if isinstance(stop, int) else [int(token) for token in stop]
-        special = target.tokenizer.all_special_ids if target.tokenizer is not None else []
         if not -(2**63) <= seed < 2**63 - len(prompts):
             raise SlipstreamError(f"seed must fit into 64 bits, not {seed}")
         request = _Request(
@@ -234,7 +234,7 @@ class Decoder:
             temperature=float(config.temperature or 1.0) if config.do_sample else 0.0,
             generators=[torch.Generator(device).manual_seed(seed + row) for row in range(len(prompts))],
             stops=frozenset(stops),
-            never_relax=torch.tensor(sorted({*stops, *special}), device=device),
+            never_relax=torch.tensor(never_relaxed(target, stops), device=device),
             given=input_ids.to(device),
             criteria=criteria,
             spent=[Spent() for _ in prompts],

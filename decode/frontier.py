@@ -49,8 +49,8 @@ def frontier_table(points: Sequence[Row]) -> Table:
     scored = "recovery" in ran[0]
     caption = (
         "tree: depth/top-k/nodes+copied, and a schedule that is not fixed; regret: nats per token; foreseen: by the "
+        "trace, or (~) by the acceptance length of the run itself"
     )
-    caption += "trace, or (~) by the acceptance length of the run itself"
     table = Table("", "rule", box=None, caption=caption, caption_justify="left")
     table.add_column("tree", overflow="fold")
     for name in ("tok/s", "foreseen", "tau", "regret", "agreement", *(["score kept"] if scored else [])):

@@ -88,7 +88,9 @@ def sampled(rows: Sequence[Row]) -> list[int]:
     return list(first.values())[:_SAMPLES]
 
 
-def evaluate(decoders: Mapping[str, Decoder], rows: Sequence[Row], plan: Plan, out: Path) -> dict[str, Any]:
+def evaluate(
+    decoders: Mapping[str, Decoder], rows: Sequence[Row], plan: Plan, out: Path, frontier: Sequence[Row] = ()
+) -> dict[str, Any]:
     """Measure what `plan` says, and write `results.json`, `answers.jsonl`, `table.md` and `report.html` into `out`.
 
     Every finished answer is kept in `out/progress.jsonl` until all are there, so that the same call goes on after an
@@ -99,6 +101,7 @@ def evaluate(decoders: Mapping[str, Decoder], rows: Sequence[Row], plan: Plan, o
         rows: Of `read_tasks`; to be scored, they must have references.
         plan: The grid.
         out: An existing folder.
+        frontier: What the head was chosen from when it was tuned, for the report.
 
     Raises:
         SlipstreamError: If a prompt does not fit, a rule cannot judge a draft's trees, `out` holds another run, or programs
@@ -151,6 +154,7 @@ def evaluate(decoders: Mapping[str, Decoder], rows: Sequence[Row], plan: Plan, o
             if contender.draft is not None
         ],
         **({"traces": _join_traces(decoders, contenders, rows, plan, out)} if plan.trace else {}),
+        **({"frontier": list(frontier)} if frontier else {}),
     }
     write_atomic(out / "answers.jsonl", answer_lines(decoders, contenders, rows, plan, records))
     write_atomic(out / "table.md", card_tables(results))

@@ -12,6 +12,8 @@ from slipstream.configs.errors import SlipstreamError
 from slipstream.configs.suggest import near
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from slipstream.configs.recipe import DistillSettings
     from slipstream.distill.target import Target
 
@@ -34,6 +36,12 @@ def near_top(signal: str, threshold: float, top: Tensor, judged: Tensor) -> Tens
     return torch.exp(judged - top) >= threshold
 
 
+def never_relaxed(target: Target, stops: Iterable[int]) -> list[int]:
+    """Tokens that neither pass for another nor are passed over: those that end a text, and special ones."""
+    special = [] if target.tokenizer is None else target.tokenizer.all_special_ids
+    return sorted({*stops, *special})
+
+
 @dataclass(frozen=True)
 class Relaxation:
     """The rule that a head is trained for: the target's top token, and its runner-up where this lets it pass.
@@ -41,7 +49,7 @@ class Relaxation:
     Attributes:
         signal: `ratio`, `margin` or `odds`.
         threshold: Of the signal.
-        never: Tokens that neither pass nor are passed over: special ones, and those that end a text.
+        never: Tokens that are never relaxed, of `never_relaxed`.
     """
 
     signal: str
@@ -59,8 +67,7 @@ class Relaxation:
             raise SlipstreamError(
                 f"unknown distill.relaxed_signal {settings.relaxed_signal!r}{near(settings.relaxed_signal, SIGNALS)}"
             )
-        special = [] if target.tokenizer is None else target.tokenizer.all_special_ids
-        return cls(settings.relaxed_signal, settings.relaxed_threshold, tuple(sorted({*target.stop_ids(), *special})))
+        return cls(settings.relaxed_signal, settings.relaxed_threshold, tuple(never_relaxed(target, target.stop_ids())))
 
     def acceptable(self, logits: Tensor) -> Tensor:
         """Tokens that would be accepted after target logits [R, V]: the top one and the runner-up or -1, [R, 2]."""

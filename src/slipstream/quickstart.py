@@ -28,7 +28,7 @@ from slipstream.decode.engine import Decoder
 from slipstream.decode.evaluate import compare, identical_outputs, interval, simulated_acceptance_length
 from slipstream.decode.fidelity import measure_likelihood
 from slipstream.decode.frontier import FILE as FRONTIER
-from slipstream.decode.frontier import gain, save_frontier
+from slipstream.decode.frontier import gain, load_frontier, save_frontier
 from slipstream.decode.policy import Policy
 from slipstream.decode.report import require_figures, results_table, write_report
 from slipstream.decode.sampling import sample
@@ -253,7 +253,7 @@ class Quickstart:
             "rows": rows,
             "identity": checked,
             "policy": decoder.policy.to_dict(),
-            "frontier": json.loads((self.out / "draft" / FRONTIER).read_text()),
+            "frontier": load_frontier(self.out / "draft", decoder.policy),
             "training": {
                 **training,
                 **identity,

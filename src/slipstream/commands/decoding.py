@@ -204,22 +204,9 @@ def evaluate(
     require_figures()
     require_writable(out, 10)
     frontier = load_frontier(Path(draft[0]), decoders[draft[0]].policy) if len(draft) == 1 else []
-    finished = (out / "results.json").is_file()
-    results = measure(decoders, rows, plan, out)
-    if frontier and not finished:
-        _add_frontier(out, results, frontier)
+    results = measure(decoders, rows, plan, out, frontier)
     if card:
         write_card(Path(draft[0]), loaded.name, results=results)
-
-
-def _add_frontier(out: Path, results: dict[str, Any], frontier: list[dict[str, Any]]) -> None:
-    """Put what the head was chosen from when it was tuned into results and report."""
-    from slipstream.configs.files import write_atomic
-    from slipstream.decode.report import write_report
-
-    results["frontier"] = frontier
-    write_report(out / "report.html", results)
-    write_atomic(out / "results.json", json.dumps(results, indent=1))
 
 
 def tune(
