@@ -236,7 +236,9 @@ class Trace:
         """
         for i in range(self._reader.num_record_batches):
             try:
-                rounds = _read(self._reader.get_batch(i), self.header.top)
+                batch = self._reader.get_batch(i)
+                batch.validate(full=True)  # a length that is wrong may end the whole process
+                rounds = _read(batch, self.header.top)
             except (pa.ArrowException, OSError, KeyError, ValueError, RuntimeError) as error:
                 raise SlipstreamError(f"{self.path} is damaged in part {i}; record it again") from error
             yield rounds
