@@ -78,10 +78,11 @@ def apart(results: dict[str, Any]) -> list[Row]:
 
 
 def rule_name(row: Row) -> str:
-    """A rule as people read it, with the threshold of a relaxed one, and its draft and batch where they tell it apart."""
+    """A rule as people read it, with a relaxed one's threshold and price, and its draft and batch where they tell it apart."""
     name, verifier, batch = str(NAMES.get(row["rule"], row["rule"])), row.get("verifier"), row.get("batch_size", 1)
-    threshold = f"{verifier['signal']} {verifier['threshold']:g}" if row["rule"] == "mars" and verifier else None
-    return ", ".join(filter(None, (name, threshold, row.get("draft"), f"batch {batch}" if batch > 1 else None)))
+    settings = [f"{verifier['signal']} {verifier['threshold']:g}"] if row["rule"] == "mars" and verifier else []
+    settings += [f"price {verifier['price']:g}"] if settings and verifier.get("price") else []
+    return ", ".join(filter(None, (name, *settings, row.get("draft"), f"batch {batch}" if batch > 1 else None)))
 
 
 def interval_text(bounds: Sequence[float] | None, digits: int = 2) -> str:

@@ -7,6 +7,10 @@ children. A relaxed rule only ever replaces a rejection: where no child is y, it
 such trees is a choice of admitted nodes, made for all nodes at once.
 
 At T = 0 the longest path of admitted nodes is kept, among equals the one with fewer relaxed tokens, then with less regret.
+Under a price of regret it is the most valuable one: its tokens, less the price of what they cost in nats; there a child may
+also be passed over, though it is y, for a sibling with more below it. Of all choices of one path in each of some rounds, those
+by one price get most tokens out of the regret they spend: a price is the Lagrange multiplier of a budget on mean regret.
+
 At T > 0 a path's length tells what was drawn below its nodes, and whoever chose by it would prefer nodes whose draws hit a
 draft: the token after them would have another law than p, though nothing was relaxed there. So where the rule would let
 several children pass, it admits the one of the largest logit, whatever stands below them, and one path is left. At a node
@@ -63,8 +67,10 @@ def admit(
     exact[:, 0] = True
     relaxed = torch.zeros_like(exact)
     if not verifier.lossless and verifier.rule != "released":  # which at T = 0 matches the argmax
-        hits = torch.zeros_like(tree.parents).scatter_add(1, tree.parents[:, 1:], exact[:, 1:].long())
-        relaxed = (hits == 0).gather(1, tree.parents) & _passes(verifier, tree, evidence, processed, generators)
+        relaxed = ~exact & _passes(verifier, tree, evidence, processed, generators)
+        if processed is not None or not verifier.price:
+            hits = torch.zeros_like(tree.parents).scatter_add(1, tree.parents[:, 1:], exact[:, 1:].long())
+            relaxed &= (hits == 0).gather(1, tree.parents)
         if never_relax is not None and len(never_relax):
             relaxed &= ~_among(tree.tokens, never_relax) & ~_among(above, never_relax)
         if processed is not None:  # rules look at raw logits, where a forbidden token may be the runner-up
@@ -82,7 +88,7 @@ def admit(
         used = to_device([[s.relaxed, s.regret] for s in spent], lines.device, torch.float64)
         reached &= (count <= verifier.per_round) & (count + used[:, :1] <= verifier.per_request)
         reached &= (cost + used[:, 1:] <= verifier.regret) | (count == 0)
-        for value in (depths, -count, -cost):
+        for value in (depths - verifier.price * cost, -count, -cost):
             value = value.masked_fill(~reached, -math.inf)
             reached = reached & (value == value.max(1, keepdim=True).values)
     else:
@@ -122,7 +128,8 @@ def _passes(
     """Nodes that the relaxed rule would accept in place of y, [B, N]; where y is a child is not looked at."""
     coins = None if processed is None else uniforms(generators, tree.tokens.shape, tree.tokens.device)
     if verifier.rule == "mars":
-        passes = fires(verifier.signal, verifier.theta, verifier.rank, tree, evidence, processed)
+        price = 0.0 if processed is None else verifier.price
+        passes = fires(verifier.signal, verifier.theta, verifier.rank, tree, evidence, processed, price)
         if coins is not None and verifier.lam < 1:
             passes &= coins.gather(1, tree.parents) < verifier.lam  # one coin per parent
         return passes

@@ -44,6 +44,11 @@ RULES = (
         for most in (float("inf"), 1)
     ),
     *(Verifier("mars", "ratio", r, per_round=most) for r in (0.98, 0.95, 0.9, 0.85) for most in (float("inf"), 1)),
+    *(
+        Verifier("mars", "margin", 2.0, rank=rank, price=price)
+        for price in (8.0, 5.0, 4.0, 3.0, 2.5, 2.0, 1.75, 1.5, 1.25, 1.0)
+        for rank in (2, 4)
+    ),
 )
 """Relaxed rules; greedily, `odds` rho is `margin` -log rho."""
 

@@ -20,7 +20,13 @@ if TYPE_CHECKING:
 
 
 def fires(
-    signal: str, threshold: float, rank: int, tree: Tree, evidence: Evidence, processed: Evidence | None
+    signal: str,
+    threshold: float,
+    rank: int,
+    tree: Tree,
+    evidence: Evidence,
+    processed: Evidence | None,
+    price: float = 0.0,
 ) -> Tensor:
     """Whether a node's token may pass in place of what the target decided at its parent, [B, N].
 
@@ -34,12 +40,14 @@ def fires(
         tree: N nodes per row.
         evidence: Of the raw logits.
         processed: Of those after the processors; None where there are none.
+        price: Tokens that a nat must bring, of a token that brings no more than itself.
     """
     z = processed if signal == "odds" and processed is not None else evidence
     own, best = z.own, z.best(rank)
     best = best.gather(1, tree.parents[:, :, None].expand_as(best))  # [B, N, rank], at the parents
     top, judged = best[..., 0], torch.minimum(own, best[..., 1])
-    return near_top(signal, threshold, top, judged) & (own >= best[..., -1])
+    passes = near_top(signal, threshold, top, judged) & (own >= best[..., -1])
+    return passes & (price * (top - judged) <= 1) if price else passes
 
 
 def signal_samples(

@@ -258,9 +258,12 @@ def _guarded(point: Point) -> list[Point]:
 
 
 def _neighbours(rule: Verifier, rules: Sequence[Verifier]) -> list[Verifier]:
-    """Rules that differ from a relaxed one in nothing but the threshold, the nearest on either side."""
-    same = (r for r in rules if r.signal == rule.signal and replace(rule, threshold=r.theta) == r)
-    ladder = sorted(same, key=lambda r: r.theta)
+    """Rules that differ from a relaxed one in nothing but the threshold, or the price where it has one; the nearest ones."""
+    if rule.price:
+        ladder = sorted((r for r in rules if r.price and replace(rule, price=r.price) == r), key=lambda r: r.price)
+    else:
+        same = (r for r in rules if r.signal == rule.signal and replace(rule, threshold=r.theta) == r)
+        ladder = sorted(same, key=lambda r: r.theta)
     place = ladder.index(rule)
     return [r for r in ladder[max(0, place - _NEIGHBOURS) : place + _NEIGHBOURS + 1] if r != rule]
 

@@ -44,6 +44,11 @@ class Verifier:
             z1 <= 0), `margin` z1 - z2 <= threshold nats on raw logits, `odds` p2/p1 >= threshold after the processors.
         threshold: Of the signal; None is the signal's default.
         rank: Lowest rank `mars` may admit, each judged by its own gap to the top; above 2 for `margin` and `odds` only.
+        price: Of a nat of regret, in tokens, under `mars`. Greedily a path through the tree is worth its tokens less the price
+            of its regret, and of the paths that signal and rank let pass the most valuable one is taken, though an exact
+            child stand beside it. 0 is the paper's rule: where no child is exact, the longest path, whatever it costs. At
+            T > 0, where a path's length is a matter of draws, every token must be worth its own price: a gap of 1 / price
+            nats at most.
         lam: Probability that a relaxation the rule allows is taken, at T > 0.
         leniency: l of `lenience`: greedy, p(x) >= l max p; at T > 0 acceptance with probability min(1, p(x) / l).
         epsilon: Of `typical`: p(x) > min(epsilon, delta exp(-entropy of p)).
@@ -58,6 +63,7 @@ class Verifier:
     signal: str = "ratio"
     threshold: float | None = None
     rank: int = 2
+    price: float = 0.0
     lam: float = 1.0
     leniency: float = 0.7
     epsilon: float = 0.09
@@ -79,6 +85,8 @@ class Verifier:
             raise SlipstreamError(f"the threshold of {self.signal} must lie in [0, {high:g}], not {self.theta:g}")
         if self.rank < 2 or (self.rank > 2 and self.signal == "ratio"):
             raise SlipstreamError(f"rank must be 2, or more with the margin or odds signal, not {self.rank}")
+        if not 0 <= self.price < math.inf or (self.price and self.rule != "mars"):
+            raise SlipstreamError(f"price must be finite, not negative, and go with rule mars, not {self.price:g}")
         for name in ("lam", "leniency", "epsilon"):
             if not 0 <= getattr(self, name) <= 1:
                 raise SlipstreamError(f"{name} must lie in [0, 1], not {getattr(self, name):g}")
@@ -102,7 +110,7 @@ class Verifier:
     def label(self) -> str:
         """A short name: `exact`, `mars ratio 0.9`, `lenience 0.7`."""
         settings = {
-            "mars": f" {self.signal} {self.theta:g}",
+            "mars": f" {self.signal} {self.theta:g}" + (f", price {self.price:g}" if self.price else ""),
             "lenience": f" {self.leniency:g}",
             "typical": f" {self.epsilon:g}, {self.delta:g}",
             "top_n": f" {self.top_n}, {self.delta:g}",

@@ -326,6 +326,7 @@ def test_a_batch_is_drawn_as_one_for_the_interval():
         ("exact", Verifier()),
         ("mars:margin=0.5", Verifier("mars", "margin", 0.5)),
         ("mars: odds=0.3, regret=10, rank=3", Verifier("mars", "odds", 0.3, rank=3, regret=10.0)),
+        ("mars:margin=2,price=1.5", Verifier("mars", "margin", 2.0, price=1.5)),
         ("lenience:leniency=0.5", Verifier("lenience", leniency=0.5)),
     ],
 )

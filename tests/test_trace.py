@@ -43,6 +43,7 @@ GREEDY = [
     Verifier("mars", "margin", 2.0, rank=4, per_round=1),
     Verifier("mars", "odds", 0.4),
     Verifier("mars", "odds", 0.1, rank=3),
+    Verifier("mars", "margin", 2.0, rank=4, price=1.5),
     Verifier("mars", "margin", 2.0, per_request=0),
     Verifier("lenience", leniency=0.3),
     Verifier("typical"),

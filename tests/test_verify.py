@@ -1,7 +1,11 @@
-"""Verification: lossless rules keep the target's distribution, relaxed ones only replace rejections."""
+"""Verification: lossless rules keep the target's distribution, relaxed ones replace rejections, or pay a price."""
+
+import math
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from scipy.stats import chisquare
 
 from slipstream.configs.errors import SlipstreamError
@@ -77,6 +81,7 @@ LOSSLESS = [
     (Verifier("mars", "ratio", 1.0), DYNAMIC),
     (Verifier("mars", "margin", 0.0), DYNAMIC),
     (Verifier("mars", "odds", 1.0), DYNAMIC),
+    (Verifier("mars", "margin", 5.0, price=1e9), DYNAMIC),
     (Verifier("mars", "margin", 5.0, lam=0.0), DYNAMIC),
     (Verifier("mars", "margin", 5.0, per_request=0), DYNAMIC),
     (Verifier("lenience", leniency=1.0), FIXED),
@@ -93,6 +98,7 @@ def test_the_joint_distribution_of_three_tokens_is_the_targets(rule, shape):
 LOSSY = [
     Verifier("mars", "margin", 1.0),
     Verifier("mars", "odds", 0.2, rank=3),
+    Verifier("mars", "margin", 2.0, price=1.0),
     Verifier("lenience", leniency=0.5),
     Verifier("typical"),
     Verifier("top_n", delta=0.3),
@@ -283,6 +289,67 @@ def test_among_relaxed_children_the_longer_path_wins_then_fewer_relaxed_tokens_t
     assert verify(rule, tree, z[:, :3]).paths == [[0, 2]]
 
 
+def _most_valuable(tree, z, rule, spent, never):
+    """What a price asks for, node by node: the node of the most valuable path, and what the path costs."""
+    order = []
+    for node in range(tree.nodes):
+        at, relaxed, regret, passes = node, 0, 0.0, True
+        while at:
+            above = int(tree.parents[0, at])
+            token, logits = int(tree.tokens[0, at]), z[0, above].tolist()
+            top = max(range(len(logits)), key=logits.__getitem__)
+            if token != top:
+                gap = logits[top] - logits[token]
+                placed = sum(value > logits[token] for value in logits) < rule.rank
+                passes &= placed and gap <= rule.theta and token not in never and top not in never
+                relaxed, regret = relaxed + 1, regret + gap
+            at = above
+        within = relaxed <= rule.per_round and (not relaxed or spent.regret + regret <= rule.regret)
+        if passes and within:
+            order.append((int(tree.depths[0, node]) - rule.price * regret, -relaxed, -regret, -node))
+    _, relaxed, regret, node = max(order)
+    return -node, -relaxed, -regret
+
+
+@given(st.integers(0, 10**6), st.sampled_from([0.0, 0.25, 1.0, 3.0]), st.sampled_from([math.inf, 1]))
+@settings(max_examples=150, deadline=None)
+def test_a_price_takes_the_most_valuable_path(seed, price, per_round):
+    generator = torch.Generator().manual_seed(seed)
+    nodes, size = 12, 5
+    parents = torch.cat(
+        [torch.zeros(1, dtype=torch.long), *(torch.randint(i, (1,), generator=generator) for i in range(1, nodes))]
+    )
+    tokens = torch.randint(size, (1, nodes), generator=generator)
+    tree = make_tree(tokens, parents[None], torch.zeros(1, nodes), levels=nodes - 1)
+    z = (
+        torch.randint(8, (1, nodes, size), generator=generator) / 4 + torch.arange(size) / 1024
+    )  # no ties of the top two
+    rule = Verifier("mars", "margin", 1.0, rank=3, price=price, per_round=per_round, regret=4.0)
+    spent = Spent(regret=2.5)
+    verdict = verify(rule, tree, z, spent=[spent], never_relax=torch.tensor([4]))
+    assert spent.regret <= 4
+    if price:
+        node, relaxed, regret = _most_valuable(tree, z, rule, Spent(regret=2.5), [4])
+        assert verdict.paths[0][-1] == node
+        assert (spent.relaxed, spent.regret - 2.5) == (relaxed, pytest.approx(regret))
+
+
+def test_a_price_passes_over_an_exact_child_for_a_longer_path_that_is_worth_it():
+    z = torch.tensor([[[0.0, 5.0, 4.5, 4.0]] * 5])  # the target wants token 1 everywhere
+    # Under the root 1 (exact, childless) and 2 (regret .5) with two exact tokens below it.
+    tree = make_tree(torch.tensor([[0, 1, 2, 1, 1]]), torch.tensor([[0, 0, 0, 2, 3]]), torch.zeros(1, 5), levels=3)
+    paths = {price: verify(Verifier("mars", "margin", 2.0, price=price), tree, z).paths[0] for price in (0, 3.9, 4.1)}
+    assert paths == {0: [0, 1], 3.9: [0, 2, 3, 4], 4.1: [0, 1]}  # without a price rejections alone are replaced
+    # At a temperature the length of a path is no reason: a token passes if it is worth its own price.
+    draw = [torch.Generator().manual_seed(0)]
+    for price, kept in ((1.9, [0, 1]), (2.1, [0])):  # half a nat for one token
+        alone = make_tree(torch.tensor([[0, 2]]), torch.tensor([[0, 0]]), torch.zeros(1, 2), levels=1)
+        cold = z[:, :2] * 100  # the draw is the top token
+        assert verify(
+            Verifier("mars", "margin", 2.0, price=price), alone, z[:, :2], processed=cold, generators=draw
+        ).paths == [kept]
+
+
 def test_special_tokens_and_spent_budgets_are_never_relaxed():
     logits = [10.0, 9.5, 1.0, 0.0]
     assert _node(logits, 1, Verifier("mars"), never=[1])[0] == [0]
@@ -305,6 +372,9 @@ def test_special_tokens_and_spent_budgets_are_never_relaxed():
         ({"rank": 3}, "rank must be 2, or more with the margin or odds signal"),
         ({"leniency": 1.5}, "leniency must lie in"),
         ({"top_n": -1}, "top_n must not be negative"),
+        ({"rule": "mars", "price": -1}, "price must be finite, not negative"),
+        ({"rule": "mars", "price": math.inf}, "price must be finite"),
+        ({"rule": "typical", "price": 1}, "go with rule mars"),
     ],
 )
 def test_a_rule_out_of_range_is_refused(settings, message):
