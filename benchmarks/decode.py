@@ -5,6 +5,7 @@ python benchmarks/decode.py --draft runs/quickstart/draft --prompts "[A.jsonl, B
 
 from __future__ import annotations
 
+import traceback
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import numpy as np
 from study import first_turns, run, table
 
 import slipstream
+from slipstream.configs.errors import SlipstreamError
 from slipstream.configs.files import write_atomic
 from slipstream.configs.progress import progress
 from slipstream.decode.drafters import NGramDrafter
@@ -23,11 +25,13 @@ from slipstream.decode.speculation import Speculation
 from slipstream.decode.tasks import encode_first
 from slipstream.decode.tree import TreeShape
 from slipstream.decode.verify import Verifier
+from slipstream.distill.compilation import require_compiler
 from slipstream.distill.target import Target
 
 Pair = tuple[Decoder, str | Verifier]  # a decoder with its rule
 
 LOOK_UP = "prompt look-up"
+ALONE = "compiled, no draft"
 
 
 def _look_up(target: Target, row: dict[str, Any], max_new_tokens: int) -> Record:
@@ -47,21 +51,21 @@ def _line(name: str, base: list[Record], undrafted: list[Record], records: list[
         name,
         f"{tokens / seconds:.1f}",
         f"{speed:.2f} [{interval_text(span)}]",
-        f"{interval(undrafted, records, 0)[0]:.2f}",
+        f"{interval(undrafted, records, 0)[0]:.2f}" if undrafted else "-",
         f"{np.mean(lengths) if lengths else 1.0:.2f}",
         f"{sum(r.regret for r in records) / tokens:.4f}",
         split,
     ]
 
 
-def _contenders(eager: Decoder, compiled: bool, nodes: tuple[int, ...], margins: tuple[float, ...]) -> dict[str, Pair]:
+def _contenders(eager: Decoder, margins: tuple[float, ...]) -> dict[str, Pair]:
     """Who decodes, by name."""
     model, drafter, policy = eager.target, eager.drafter, eager.policy
     mars = policy.rule("mars").label
     chain = replace(policy, tree=TreeShape.chain(10))
     alone = replace(policy, tree=replace(policy.tree, copied=0))
     cost = replace(policy, tree=TreeShape(4, 4, 16), speculation=Speculation("cost"))
-    contenders: dict[str, Pair] = {
+    return {
         "transformers generate": (eager, "autoregressive"),
         "transformers, prompt look-up": (eager, LOOK_UP),
         "ours, no draft": (Decoder(model), "exact"),
@@ -72,18 +76,24 @@ def _contenders(eager: Decoder, compiled: bool, nodes: tuple[int, ...], margins:
         **{f"ours, head, {rule.label}": (eager, rule) for rule in (Verifier("mars", "margin", m) for m in margins)},
         "ours, head, exact, cost-aware": (Decoder(model, drafter, cost), "exact"),
     }
-    if compiled:
-        compiling = Target(model.model, model.tokenizer, name=model.name, layer_ids=model.layer_ids)
-        compiling.compile()
-        contenders |= {
-            "compiled, no draft": (Decoder(compiling), "exact"),
-            "compiled, n-gram": (Decoder(compiling, NGramDrafter(), chain), "exact"),
-            "compiled, head, exact": (Decoder(compiling, drafter, policy), "exact"),
-            f"compiled, head, {mars}": (Decoder(compiling, drafter, policy), "mars"),
-        }
-        for size in nodes:
-            larger = replace(policy, tree=TreeShape(4, 4, size))
-            contenders[f"compiled, head, exact, {size} nodes"] = (Decoder(compiling, drafter, larger), "exact")
+
+
+def _compiled(eager: Decoder, nodes: tuple[int, ...]) -> dict[str, Pair]:
+    """Those whose target and head are compiled, by name."""
+    model, drafter, policy = eager.target, eager.drafter, eager.policy
+    chain = replace(policy, tree=TreeShape.chain(10))
+    require_compiler(model.device)
+    compiling = Target(model.model, model.tokenizer, name=model.name, layer_ids=model.layer_ids)
+    compiling.compile()
+    contenders: dict[str, Pair] = {
+        ALONE: (Decoder(compiling), "exact"),
+        "compiled, n-gram": (Decoder(compiling, NGramDrafter(), chain), "exact"),
+        "compiled, head, exact": (Decoder(compiling, drafter, policy), "exact"),
+        f"compiled, head, {policy.rule('mars').label}": (Decoder(compiling, drafter, policy), "mars"),
+    }
+    for size in nodes:
+        larger = replace(policy, tree=TreeShape(4, 4, size))
+        contenders[f"compiled, head, exact, {size} nodes"] = (Decoder(compiling, drafter, larger), "exact")
     return contenders
 
 
@@ -94,24 +104,39 @@ def _answered(contender: Pair, row: dict[str, Any], tokens: int) -> Record:
     return answer(decoder, rule, row, max_new_tokens=tokens)
 
 
-def _measured(contenders: dict[str, Pair], rows: list[dict[str, Any]], max_new_tokens: int) -> dict[str, list[Record]]:
-    """Records by contender and prompt; all answer a prompt before the next one comes, so that drift hits them alike."""
+def _measured(
+    contenders: dict[str, Pair], rows: list[dict[str, Any]], max_new_tokens: int, failed: dict[str, Exception]
+) -> dict[str, list[Record]]:
+    """Records by contender and prompt; all answer a prompt before the next one comes, so that drift hits them alike.
+
+    A compiled contender that fails is dropped into `failed`: what else is measured need not be lost with it.
+    """
     records: dict[str, list[Record]] = {name: [] for name in contenders}
+
+    def attempt(name: str, row: dict[str, Any], tokens: int) -> Record | None:
+        try:
+            return None if name in failed else _answered(contenders[name], row, tokens)
+        except Exception as error:  # whatever goes wrong in a compiler
+            if contenders[name][0].target.compiled is None:
+                raise
+            traceback.print_exc()
+            failed[name] = error
+            return None
+
     with progress("warm up", len(contenders), "contenders") as advance:
-        for contender in contenders.values():
-            how = contender[0].target.compiled
-            if how is not None and how.static:  # each size of cache has its own graphs
-                for row in rows:
-                    _answered(contender, row, max_new_tokens)
-            else:
-                _answered(contender, rows[0], 8)
+        for name, (decoder, _) in contenders.items():
+            # On a card new shapes take other kernels, and each size of tree and cache has its own graphs.
+            whole = decoder.target.device.type != "cpu"
+            for row in rows if whole else rows[:1]:
+                attempt(name, row, max_new_tokens if whole else 8)
             advance()
     with progress("decode", len(rows) * len(contenders), "answers") as advance:
         for row in rows:
-            for name, contender in contenders.items():
-                records[name].append(_answered(contender, row, max_new_tokens))
+            for name, group in records.items():
+                record = attempt(name, row, max_new_tokens)
+                group += [] if record is None else [record]
                 advance()
-    return records
+    return {name: group for name, group in records.items() if name not in failed}
 
 
 def main(
@@ -143,17 +168,26 @@ def main(
         out: A file for the table.
     """
     eager = slipstream.load(target, draft, dtype=dtype, device=device)
-    records = _measured(_contenders(eager, compiled, nodes, margins), first_turns(prompts, limit), max_new_tokens)
+    contenders, failed = _contenders(eager, margins), {}
+    if compiled:
+        try:
+            contenders |= _compiled(eager, nodes)
+        except SlipstreamError as error:
+            failed["compiled"] = error
+    records = _measured(contenders, first_turns(prompts, limit), max_new_tokens, failed)
     base = records["transformers generate"]
     lines = []
     for name, group in records.items():
-        undrafted = records["compiled, no draft" if name.startswith("compiled") else "ours, no draft"]
+        undrafted = records.get(ALONE if name.startswith("compiled") else "ours, no draft", [])
         lines.append(_line(name, base, undrafted, group))
     columns = ["tokens/s", "over generate (95 %)", "over no draft, same mode", "tau", "regret", "target / draft / rest"]
     text = table(["", *columns], lines)
     print(text)
     if out is not None:
         write_atomic(out, text + "\n")
+    if failed:
+        told = (f"{name}: {str(error).strip().partition(chr(10))[0]}" for name, error in failed.items())
+        raise SlipstreamError("failed were " + "; ".join(told))
 
 
 if __name__ == "__main__":

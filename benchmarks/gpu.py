@@ -5,12 +5,17 @@ python benchmarks/gpu.py --draft runs/quickstart/draft
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import torch
 from jsonargparse import auto_cli
+
+CARD = {
+    "TORCH_CUDNN_SDPA_DEPRIORITIZED": "1"
+}  # for all alike: cuDNN builds a plan for every new number of queries and keys
 
 
 def commands(draft: str, target: str, compiled: bool, limit: int) -> list[list[str]]:
@@ -34,8 +39,13 @@ def main(draft: str, target: str = "smollm2-135m-instruct", compiled: bool = Tru
     if not torch.cuda.is_available():
         sys.exit("benchmarks/gpu.py needs a CUDA device; benchmarks/decode.py and train.py run on a CPU")
     print(torch.cuda.get_device_name(0), flush=True)
+    failed = []
     for script, *options in commands(draft, target, compiled, limit):
-        subprocess.run([sys.executable, str(Path(__file__).with_name(script)), *options], check=True)
+        done = subprocess.run([sys.executable, str(Path(__file__).with_name(script)), *options], env=os.environ | CARD)
+        if done.returncode:
+            failed.append(" ".join([script, *options]))
+    if failed:
+        sys.exit("failed: " + "; ".join(failed))
 
 
 if __name__ == "__main__":

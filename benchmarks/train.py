@@ -172,7 +172,7 @@ def main(
         for which in ("plain", "ours"):
             options = ["--kind", which, "--case", name, "--length", str(tokens), "--rounds", str(rounds)]
             options += ["--device", device]
-            done = subprocess.run([sys.executable, __file__, *options], check=True, capture_output=True, text=True)
+            done = subprocess.run([sys.executable, __file__, *options], check=True, stdout=subprocess.PIPE, text=True)
             got = json.loads(done.stdout.strip().splitlines()[-1])
             speed[which], peak[which] = got["tokens_per_second"], got["peak_mb"]
         print(

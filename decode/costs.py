@@ -92,6 +92,8 @@ class CostProbe:
 
     def __init__(self, decoder: Decoder, prompts: Sequence[Tensor]) -> None:
         self._decoder = decoder
+        by_length = sorted(prompts, key=lambda ids: ids.shape[1])
+        self._ends = by_length[0], by_length[-1]
         self._prompts = itertools.cycle(prompts)
         self._forget()
 
@@ -104,8 +106,16 @@ class CostProbe:
         self._turns = itertools.cycle(self._clocks.items())
 
     def measure(self) -> Costs:
-        """Time all probes, one after the other; then forget what was timed."""
-        self._run(PROBES[-1], "mars", _WARM)
+        """Time all probes, one after the other; then forget what was timed.
+
+        Where sizes of trees and caches have graphs of their own, all are recorded before.
+        """
+        how = self._decoder.target.compiled
+        if how is not None and how.static:
+            for prompt, (shape, rule) in itertools.product(self._ends, self._clocks):
+                self._run(shape, rule, _TOKENS, prompt=prompt)
+        else:
+            self._run(PROBES[-1], "mars", _WARM)
         with progress("costs of a round", len(self), "trees") as advance:
             for _ in range(len(self)):
                 self.take(1)
@@ -119,10 +129,13 @@ class CostProbe:
         for (shape, rule), clock in itertools.islice(self._turns, count):
             self._run(shape, rule, _TOKENS, clock)
 
-    def _run(self, shape: TreeShape, rule: str, tokens: int, clock: _Clock | None = None) -> None:
+    def _run(
+        self, shape: TreeShape, rule: str, tokens: int, clock: _Clock | None = None, prompt: Tensor | None = None
+    ) -> None:
         policy = replace(self._decoder.policy, tree=shape, speculation=Speculation())
         variant = Decoder(self._decoder.target, self._decoder.drafter, policy)
-        variant.generate(next(self._prompts), max_new_tokens=tokens, verify=rule, eos_token_id=None, observer=clock)
+        ids = next(self._prompts) if prompt is None else prompt
+        variant.generate(ids, max_new_tokens=tokens, verify=rule, eos_token_id=None, observer=clock)
 
     def costs(self) -> Costs:
         """Of what was timed since the last measuring; every probe must have had its turn.

@@ -18,6 +18,7 @@ from slipstream.decode.draws import uniforms
 from slipstream.decode.speculation import LONGEST
 from slipstream.decode.transfer import to_device
 from slipstream.decode.tree import Tree, TreeBuilder, TreeShape, fixed_levels, graft, make_tree, root_only
+from slipstream.distill.attention import attend_masked
 from slipstream.distill.compilation import SIZES, STATIC
 from slipstream.distill.packing import pack
 
@@ -283,14 +284,10 @@ class HeadDrafter(_TreeDrafter):
 
         def attend(query: Tensor, key: Tensor, value: Tensor, layer: int) -> Tensor:
             keys, values = self.cache.layers[layer].update(key, value)
-            return scaled_dot_product_attention(
-                query,
-                keys,
-                values,
-                attn_mask=None if visible is None else visible[:, None],
-                is_causal=visible is None,
-                enable_gqa=query.shape[1] != keys.shape[1],
-            )
+            if visible is not None:
+                return attend_masked(query, keys, values, visible)
+            grouped = query.shape[1] != keys.shape[1]
+            return scaled_dot_product_attention(query, keys, values, is_causal=True, enable_gqa=grouped)
 
         return attend
 

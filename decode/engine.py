@@ -273,7 +273,8 @@ class Decoder:
                 f"attention_mask is {list(attention_mask.shape)}, but input_ids {list(input_ids.shape)}"
             )
         else:
-            prompts = [ids[keep] for ids, keep in zip(input_ids, attention_mask.bool(), strict=True)]
+            real = attention_mask.bool().to(input_ids.device)
+            prompts = [ids[keep] for ids, keep in zip(input_ids, real, strict=True)]
         for row, prompt in enumerate(prompts):
             if not len(prompt):
                 raise SlipstreamError(f"prompt {row} is empty: its attention mask is all 0")

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 BASELINES = ("autoregressive", "engine")
 _BOOTSTRAP = 2000
+_WARM_UP_TOKENS = 8
 
 
 @dataclass
@@ -220,6 +221,27 @@ def answer_batch(
     return records
 
 
+def warm_up(
+    decoder: Decoder,
+    rule: str | Verifier,
+    batches: Sequence[Sequence[dict[str, Any]]],
+    *,
+    max_new_tokens: int,
+    **options: Any,
+) -> None:
+    """Answer batches of prompt rows as `answer_batch` does, uncounted, before anything is timed.
+
+    A few tokens of the first one are enough, unless every size of tree and cache has a graph of its own to record: then all
+    are answered, in full.
+    """
+    if decoder.target.compiled is not None and decoder.target.compiled.static:
+        for rows in batches:
+            answer_batch(decoder, rule, rows, max_new_tokens=max_new_tokens, **options)
+    else:
+        opening = [{**row, "turns": row["turns"][:1]} for row in batches[0]]
+        answer_batch(decoder, rule, opening, max_new_tokens=_WARM_UP_TOKENS, **options)
+
+
 def answer(decoder: Decoder, rule: str | Verifier, row: dict[str, Any], **options: Any) -> Record:
     """`answer_batch` on one prompt row."""
     return answer_batch(decoder, rule, [row], **options)[0]
@@ -239,8 +261,8 @@ def compare(
     """
     if max_new_tokens < 1:
         raise SlipstreamError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
-    for decoder, rule in pairs:  # warm-up, not counted
-        answer(decoder, rule, prompts[0], max_new_tokens=8)
+    for decoder, rule in pairs:
+        warm_up(decoder, rule, [[row] for row in prompts], max_new_tokens=max_new_tokens)
     records: list[list[Record]] = [[] for _ in pairs]
     with progress(label, len(pairs) * len(prompts), "answers") as advance:
         for row in prompts:
@@ -385,7 +407,7 @@ def simulated_acceptance_length(
         mask = torch.zeros_like(ids, dtype=torch.bool)
         mask[:, len(prompt) :] = True
         with torch.no_grad():
-            out = unroll(head, target, ids, mask, scale=torch.ones(steps), objective=forward_kl)
+            out = unroll(head, target, ids, mask, scale=torch.ones(steps, device=ids.device), objective=forward_kl)
         keeps = dict(zip(out.positions[1].tolist(), out.accepted.tolist(), strict=True))
         row, end = len(prompt) - 1, len(prompt) + len(output) - 2  # row p predicts token p+2
         while row < end:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from slipstream.configs.errors import SlipstreamError
 from slipstream.configs.progress import progress
 from slipstream.data.journal import Journal
-from slipstream.decode.evaluate import Record, answer_batch
+from slipstream.decode.evaluate import Record, answer_batch, warm_up
 from slipstream.decode.recorder import record
 from slipstream.decode.verify import Verifier
 
@@ -25,8 +25,6 @@ if TYPE_CHECKING:
 
     Row = dict[str, Any]
     Groups = list[list[Record]]  # by contender and prompt
-
-_WARM_UP_TOKENS = 8
 
 
 @dataclass(frozen=True)
@@ -107,7 +105,7 @@ def measure(
     up again. A trace of each batch is in `parts` before its answers are in the journal.
     """
     units = _units(rows, plan)
-    warm: set[tuple[Setting, int]] = set()
+    warm: set[Setting] = set()
     answers: list[Record]
     with Journal(path, begun) as journal, progress("measure", len(units) * len(contenders), "batches") as advance:
         advance(len(journal.units) * len(contenders))
@@ -115,12 +113,13 @@ def measure(
             if number in journal.units:
                 continue
             answers, asked, heat = [], [rows[i] for i in batch], setting.temperature
+            if setting not in warm:
+                left = [[rows[i] for i in unit.batch] for unit in units[number:] if unit.setting == setting]
+                for rule, _, decoder, _ in contenders:
+                    warm_up(decoder, rule, left, max_new_tokens=plan.max_new_tokens, temperature=heat)
+                warm.add(setting)
             for who, contender in enumerate(contenders):
                 rule, _, decoder, _ = contender
-                if (setting, who) not in warm:  # not counted
-                    opening = [{**row, "turns": row["turns"][:1]} for row in asked]
-                    answer_batch(decoder, rule, opening, max_new_tokens=_WARM_UP_TOKENS, temperature=heat)
-                    warm.add((setting, who))
                 with _watched(contender, _part(parts, number, who) if plan.trace else None) as observer:
                     answers += answer_batch(
                         decoder,

@@ -11,7 +11,7 @@ import torch
 
 from slipstream.configs.errors import SlipstreamError
 from slipstream.configs.suggest import near
-from slipstream.decode.cache import TreeCache, causal
+from slipstream.decode.cache import TreeCache, causal, fixed_capacity
 from slipstream.decode.tree import TreeShape
 from slipstream.distill.compilation import SIZES
 
@@ -223,8 +223,9 @@ def target_costs(target: Target, nodes: int, repeats: int = 3) -> dict[int, floa
     known: dict[int, float] = target.__dict__.setdefault("_costs", {})
     wanted = [1, *(n for n in SIZES if 1 < n < nodes), nodes]
     how = target.compiled
-    cache = TreeCache(target.config.num_hidden_layers, 1, target.device, 256 if how else 0)
     behind = max(1, min(64, target.context - nodes))
+    capacity = fixed_capacity(behind + how.size(nodes)) if how else 0
+    cache = TreeCache(target.config.num_hidden_layers, 1, target.device, capacity)
     target.forward(torch.zeros(1, behind, dtype=torch.long, device=target.device), cache=cache, logits_to_keep=1)
     cache.commit_first([behind])
     cache.compiled = how

@@ -56,7 +56,11 @@ _SAMPLES = 3  # prompts whose answers are shown, each of another task
 
 def header(target: Target, draft: str, seed: int) -> dict[str, Any]:
     """The part of `results.json` that says what was measured, and on what."""
-    device = f"cpu ({torch.get_num_threads()} threads)" if target.device.type == "cpu" else str(target.device)
+    device = str(target.device)
+    if target.device.type == "cpu":
+        device += f" ({torch.get_num_threads()} threads)"
+    elif target.device.type == "cuda":
+        device += f" ({torch.cuda.get_device_name(target.device)})"
     device += ", compiled" if target.compiled else ""
     return {
         "target": target.name,

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -25,6 +26,27 @@ def block_size(device: str) -> int:
 def has_amx(x: Tensor) -> bool:
     """Whether torch's own kernel multiplies this type in AMX tiles: there it is faster than blocks of matrix products."""
     return x.is_cpu and x.dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported()
+
+
+def avoid_cudnn(device: torch.device) -> None:
+    """Keep torch, in this process, from attending by cuDNN where a model lies on a card.
+
+    On Hopper it would be the first choice, and it builds a plan for every new number of queries and keys: one a round.
+    """
+    if device.type == "cuda":
+        torch.backends.cuda.enable_cudnn_sdp(False)
+
+
+def attend_masked(query: Tensor, key: Tensor, value: Tensor, visible: Tensor) -> Tensor:
+    """torch's own attention [B, heads, Q, d], where `visible` [B, Q, K] says which keys count.
+
+    Of the kernels for a card, the one that takes masks knows no groups of heads: keys and values are laid out for all.
+    """
+    groups = query.shape[1] // key.shape[1]
+    if query.is_cuda and groups > 1:
+        key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
+    grouped = query.shape[1] != key.shape[1]
+    return scaled_dot_product_attention(query, key, value, attn_mask=visible.unsqueeze(1), enable_gqa=grouped)
 
 
 def spans(starts: Tensor) -> list[slice]:

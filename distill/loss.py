@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,11 +16,27 @@ if TYPE_CHECKING:
     from slipstream.distill.draft import DraftHead
     from slipstream.distill.relaxation import Relaxation
 
-CHUNK = 2**20  # logits of the draft at once; in fp32 they stay in a CPU's cache
-GROUP = 512  # rows whose slopes become gradients together: adding to a matrix as large as lm_head is not free
 PART = 1024
-TEACHER_CHUNK = 3 * 2**20  # logits of the target at once, in fp32
 TEACHER_GROUP = 4  # chunks whose logits the target's output layer gives at once
+
+
+class Sizes(NamedTuple):
+    """How much is computed at once.
+
+    Attributes:
+        chunk: Logits of the draft.
+        group: Rows whose slopes become gradients together: adding to a matrix as large as lm_head is not free.
+        teacher: Logits of the target, in fp32.
+    """
+
+    chunk: int
+    group: int
+    teacher: int
+
+
+def sizes(device: str) -> Sizes:
+    """On a CPU what stays in its cache in fp32; elsewhere more, as every chunk is a dozen launches."""
+    return Sizes(2**20, 512, 3 * 2**20) if device == "cpu" else Sizes(2**26, 4096, 2**26)
 
 
 def part_size(vocabulary: int, device: str) -> int:
@@ -47,7 +63,7 @@ def teach(
     inside = hidden.new_empty(len(hidden), len(vocabulary))  # as exact as the logits are
     argmax = torch.empty(len(hidden), dtype=torch.long, device=hidden.device)
     tokens = torch.empty(len(hidden), 2, dtype=torch.long, device=hidden.device)
-    rows = max(1, TEACHER_CHUNK // len(membership))
+    rows = max(1, min(len(hidden), sizes(hidden.device.type).teacher // len(membership)))
     buffer = torch.empty(rows, len(membership), device=hidden.device)
     for first in range(0, len(hidden), TEACHER_GROUP * rows):
         group = logits(hidden[first : first + TEACHER_GROUP * rows])
@@ -89,10 +105,11 @@ class _ChunkedLoss(torch.autograd.Function):
             torch.zeros_like(x) if needed else None
             for x, needed in zip((hidden, output), ctx.needs_input_grad, strict=False)
         ]
-        slopes = torch.empty(min(GROUP, len(x)) if wanted else 0, len(weight), dtype=dtype, device=x.device)
-        size, share = max(1, CHUNK // len(weight)), part_size(len(weight), kind)
-        for first in range(0, len(x), GROUP):
-            group = x[first : first + GROUP]
+        chunk, most, _ = sizes(kind)
+        slopes = torch.empty(min(most, len(x)) if wanted else 0, len(weight), dtype=dtype, device=x.device)
+        size, share = max(1, chunk // len(weight)), part_size(len(weight), kind)
+        for first in range(0, len(x), most):
+            group = x[first : first + most]
             for start in range(0, len(group), size):
                 logits = torch.mm(group[start : start + size], weight.T)
                 at = slice(first + start, first + start + len(logits))

@@ -1,5 +1,6 @@
 """On a card: the same tokens as `generate` gives there, in fp32 without TF32."""
 
+import warnings
 from itertools import pairwise
 
 import pytest
@@ -34,6 +35,9 @@ def test_decoding_on_a_card_gives_what_generate_gives_there(architecture, schedu
     for drafter in (HeadDrafter(head, target), NGramDrafter()):
         out = Decoder(target, drafter, policy).generate(prompts, max_new_tokens=24)
         assert out.sequences.tolist() == truth[:, : out.sequences.shape[1]].tolist()
+        mask = torch.ones_like(prompts)  # on the card, where the prompts need not be
+        again = Decoder(target, drafter, policy).generate(prompts.cpu(), attention_mask=mask, max_new_tokens=4)
+        assert again.sequences.tolist() == truth[:, : again.sequences.shape[1]].tolist()
 
 
 def test_sampling_on_a_card_depends_on_nothing_but_the_seed():
@@ -74,6 +78,7 @@ def test_compiled_decoding_on_a_card_runs_as_cuda_graphs(kind):
 @pytest.mark.parametrize("verify", ["exact", Verifier("mars", "margin", 1.0)])
 @pytest.mark.parametrize("tree", [TreeShape(3, 3, 8), TreeShape.fixed((1, 3, 1)), TreeShape(2, 2, 5, copied=3)])
 def test_a_round_waits_once_for_the_card(compiled, tree, verify, recwarn):
+    warnings.simplefilter("always")  # `recwarn` itself keeps the first from a place only
     target = Target(tiny_target().model.cuda())
     decoder = Decoder(target, HeadDrafter(tiny_head(target).cuda(), target), Policy(tree=tree))
     if compiled:

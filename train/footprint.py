@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from slipstream.distill.attention import UnrollAttention, block_size
 from slipstream.distill.draft import DraftConfig, DraftMLP
-from slipstream.distill.loss import CHUNK, GROUP, TEACHER_CHUNK, TEACHER_GROUP, part_size
+from slipstream.distill.loss import TEACHER_GROUP, part_size, sizes
 from slipstream.distill.shards import layers_of
 from slipstream.train.optimizer import make_optimizers
 
@@ -112,7 +112,8 @@ def batch_bytes(recipe: Recipe, target: Target, head: DraftHead, kind: str) -> d
     tokens, vocabulary = rows * length, target.vocab_size
     width = target.dtype.itemsize
     lasting = tokens * (captured_bytes(target) + width * head.config.draft_vocab_size)
-    teacher = max(1, TEACHER_CHUNK // vocabulary) * (TEACHER_GROUP * width * vocabulary + 4 * vocabulary)
+    at_once = max(1, min(tokens, sizes(kind).teacher // vocabulary))
+    teacher = (min(tokens, TEACHER_GROUP * at_once) * width + at_once * 4) * vocabulary
     return {"teacher": lasting + teacher, "unrolled head": lasting + unroll_bytes(recipe, head, kind)}
 
 
@@ -171,9 +172,10 @@ def _loss_bytes(recipe: Recipe, head: DraftHead, kind: str) -> int:
     trained = sum(p.numel() for p in head.lm_head.parameters() if p.requires_grad)
     part = part_size(vocabulary, kind) * width * precision if trained else 0
     layer = vocabulary * width * precision * copies + trained * 4 + part
-    slopes = min(GROUP, outputs) * vocabulary * precision
+    chunk, group, _ = sizes(kind)
+    slopes = min(group, outputs) * vocabulary * precision
     made = max(_OBJECTIVE.get(name, 8) for name in recipe.distill.objectives)
-    return outputs * width * precision + layer + slopes + made * 4 * min(CHUNK, outputs * vocabulary)
+    return outputs * width * precision + layer + slopes + made * 4 * min(chunk, outputs * vocabulary)
 
 
 def _mlp_bytes(recipe: Recipe, head: DraftHead) -> int:

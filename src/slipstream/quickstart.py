@@ -40,7 +40,7 @@ from slipstream.decode.tune import tune
 from slipstream.distill.compilation import require_compiler
 from slipstream.distill.gguf import EMBEDDED, EMBEDDED_LICENSE
 from slipstream.distill.heads import describe_target, load_head, new_head, save_head
-from slipstream.distill.target import Target, load_target
+from slipstream.distill.target import Target, find_device, load_target
 from slipstream.train.trainer import Trainer
 
 if TYPE_CHECKING:
@@ -174,7 +174,7 @@ class Quickstart:
             begun = time.monotonic()
             with tempfile.TemporaryDirectory() as folder:
                 trainer = Trainer(probe, target, head, batches, Path(folder))
-                target.capture(batches[0].input_ids)
+                target.capture(batches[0].input_ids.to(target.device))
                 first, single, full = (trainer.time_steps(_PROBE) for _ in range(3))
             left = (60 * self.minutes - (time.monotonic() - begun)) / _SLOWER
             capture = max(first - single, 0.1 * first)
@@ -311,9 +311,10 @@ def quickstart(out: Path = Path("runs/quickstart"), minutes: float = 12.0, fresh
         console.print(f"this run is finished; nothing was changed. Report: {out / 'report.html'}")
         console.print(results_table(results))
         return
-    target = load_target(EMBEDDED, think=job.recipe.data.think)
+    # At once where training would take it: a run that goes on behind its training decodes where a whole one does.
+    target = load_target(EMBEDDED, device=find_device(None), think=job.recipe.data.think)
     job.train(target)
-    head = load_head(out / "draft", dtype=target.dtype)
+    head = load_head(out / "draft", dtype=target.dtype, device=target.device)
     job.compile(target)
     if not (out / "draft" / FRONTIER).is_file():
         job.tune(Decoder(target, HeadDrafter(head, target)))
