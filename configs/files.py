@@ -51,7 +51,8 @@ def _locked(path: Path) -> tuple[int, str]:
 def _sweep(path: Path) -> None:
     """Delete the temporary neighbours that no writer holds."""
     for torn in path.parent.glob(f".{glob.escape(path.name)}.{'?' * 8}"):
-        with contextlib.suppress(OSError), torn.open("rb") as file:  # held, gone, a folder, or without locks
+        # Not if it is held, gone, a folder, another's, or without locks; NFS locks only what is open for writing.
+        with contextlib.suppress(OSError), torn.open("r+b") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             torn.unlink()
 

@@ -83,7 +83,9 @@ class Batches:
             fill = fit if self.packed else group
             for start in range(0, len(order), pool):
                 plan += fill(order[start : start + pool], self.lengths, self.batch_tokens)
-            self._epochs = {epoch: [plan[i] for i in draw.permutation(len(plan))]}
+            # Reading ahead goes to and fro between an epoch and the next.
+            self._epochs = {old: kept for old, kept in self._epochs.items() if old == epoch - 1}
+            self._epochs[epoch] = [plan[i] for i in draw.permutation(len(plan))]
         return self._epochs[epoch]
 
     def which(self, index: int) -> int:
@@ -96,7 +98,8 @@ class Batches:
         """Rows of the data set that the index-th batch holds."""
         if self.limit is not None:
             return self._plan(0)[self.which(index)]
-        # Epochs differ a little in their number of batches; index counts in units of the first epoch's.
+        # Epochs differ a little in their number of batches; index counts in units of the first epoch's, so that a later
+        # one's last batches are left out, or its first ones come twice.
         epoch, place = divmod(index, self.per_epoch)
         plan = self._plan(epoch)
         return plan[place % len(plan)]

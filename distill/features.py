@@ -10,6 +10,8 @@ import torch
 from slipstream.distill.target import Captured
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import Tensor
 
     from slipstream.data.batches import Batch, Batches
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
     from slipstream.distill.target import Target
 
 
+AHEAD = 3  # batches that are read from a store while another is learned from, at once
 _SLAB = 2**27  # bytes; blocks of more than 32 MiB are none of glibc's heap
 
 
@@ -44,8 +47,8 @@ class Slabs:
 class Features(Protocol):
     """The target's states of micro-batches."""
 
-    def of(self, index: int, batch: Batch, then: int) -> Captured:
-        """States of the index-th batch, on its device; those of `then` will be asked for next."""
+    def of(self, index: int, batch: Batch, then: Sequence[int]) -> Captured:
+        """States of the index-th batch, on its device; those of `then` will be asked for next, one after the other."""
         ...
 
 
@@ -64,7 +67,7 @@ class OnlineFeatures:
         self.kept: dict[int, Captured] | None = {} if keep and batches.limit is not None else None
         self._slabs = Slabs()
 
-    def of(self, index: int, batch: Batch, then: int) -> Captured:
+    def of(self, index: int, batch: Batch, then: Sequence[int]) -> Captured:
         """States of the index-th batch; nothing is done about `then`."""
         if self.kept is None:
             return self._capture(batch)
@@ -81,7 +84,7 @@ class OnlineFeatures:
 
 
 class StoredFeatures:
-    """States from a store; those of the next batch are read in the background.
+    """States from a store; those of the next batches are read in the background.
 
     Args:
         store: The store.
@@ -91,13 +94,13 @@ class StoredFeatures:
     def __init__(self, store: Store, batches: Batches) -> None:
         self.store = store
         self.batches = batches
-        self._pool = ThreadPoolExecutor(1)
+        self._pool = ThreadPoolExecutor(AHEAD)
         self._coming: dict[int, Future[Captured]] = {}
 
-    def of(self, index: int, batch: Batch, then: int) -> Captured:
+    def of(self, index: int, batch: Batch, then: Sequence[int]) -> Captured:
         """States of the index-th batch."""
         coming = self._coming.get(index) or self._read(index)
-        self._coming = {then: self._read(then)}
+        self._coming = {later: self._coming.get(later) or self._read(later) for later in then}
         return Captured(*(values.to(batch.input_ids.device) for values in coming.result()))
 
     def _read(self, index: int) -> Future[Captured]:

@@ -16,6 +16,7 @@ from slipstream.configs.errors import SlipstreamError
 from slipstream.configs.suggest import near
 from slipstream.data.template import encode_prompt, thinking
 from slipstream.distill import blocks
+from slipstream.distill.attention import avoid_cudnn
 from slipstream.distill.compilation import Compilation
 from slipstream.distill.gguf import EMBEDDED, embedded_gguf, from_gguf
 from slipstream.distill.masks import layer_masks
@@ -92,6 +93,7 @@ class Target:
         think: bool | None = None,
     ) -> None:
         self.name = name or model.config.name_or_path or type(model).__name__
+        avoid_cudnn(model.device)
         require_support(model, self.name)
         self.model = model.eval().requires_grad_(False)
         fold_rows(model.get_output_embeddings())
@@ -191,14 +193,13 @@ class Target:
         generation = self.model.generation_config
         stop = generation.eos_token_id if generation is not None else None
         stop = stop if stop is not None else self.config.eos_token_id
-        if stop is None:
-            return []
-        return [stop] if isinstance(stop, int) else list(stop)
+        return [stop] if isinstance(stop, int) else list(stop or [])
 
     def place(self, device: torch.device, *, layers: bool = True) -> None:
         """Move the model to a device, or its ends alone; what is spread stays."""
         if self.spread:
             return
+        avoid_cudnn(device)
         for module in [self.model] if layers else self.ends:
             module.to(device)
 
@@ -271,8 +272,7 @@ class Target:
     @torch.no_grad()
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [R, V] of rows of `Captured.hidden`, [R, Ht], by whatever the model does behind its last layer."""
-        name = self._inner
-        inner = self.model._modules[name]
+        name, inner = self._inner, self.inner
         self.model._modules[name] = _Given(hidden[None])
         try:
             ids = torch.zeros(1, len(hidden), dtype=torch.long, device=hidden.device)
@@ -413,12 +413,13 @@ def load_target(
     layer_ids: Sequence[int] | None = None,
     adapter: str | None = None,
     think: bool | None = None,
+    known: bool = False,
 ) -> Target:
     """Load a target: a local folder, a GGUF file, a hub id, or `smollm2-135m-instruct`; with a peft adapter if named.
 
     Raises:
-        SlipstreamError: If there is no such target, it is no causal LM, or its template has no option to think where
-            `think` is set.
+        SlipstreamError: If there is no such target, it is no causal LM (it is run to see that, unless `known` to be one),
+            or its template has no option to think where `think` is set.
     """
     place = _locate(name)
     if isinstance(dtype, str):
@@ -433,10 +434,8 @@ def load_target(
         raise SlipstreamError(f"target {name!r} cannot be loaded: {str(error).splitlines()[0]}") from error
     except ValueError as error:
         raise SlipstreamError(f"target {name!r} is no causal language model: {str(error).splitlines()[0]}") from error
-    if info["missing_keys"]:
-        raise SlipstreamError(
-            f"target {name!r} is no whole model: weights {sorted(info['missing_keys'])[:3]} are missing"
-        )
+    if missing := sorted(info["missing_keys"])[:3]:
+        raise SlipstreamError(f"target {name!r} is no whole model: weights {missing} are missing")
     tokenizer = _tokenizer(name, place)
     if adapter is not None:
         from peft import PeftModel  # peft imports slowly
@@ -445,6 +444,7 @@ def load_target(
             model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
         except (OSError, ValueError) as error:
             raise SlipstreamError(f"adapter {adapter!r} cannot be loaded: {str(error).splitlines()[0]}") from error
-    require_causal(model, name)
+    if not known:
+        require_causal(model, name)
     model.config.name_or_path = name
     return Target(model, tokenizer, name=name, layer_ids=layer_ids, think=think)

@@ -2,8 +2,8 @@
 
 accelerate launch ... tests/launched.py OUT '{"optimizer": "adamw", "accumulation": 2}' [steps after which to stop]
 
-The settings are those of `train`, and `target.shard` as `shard_target`. Graphs that are compiled are counted,
-and made without inductor.
+The settings are those of `train`, `target.shard` as `shard_target`, and `broken`, a micro-batch whose features are NaN. Graphs
+that are compiled are counted, and made without inductor.
 """
 
 import json
@@ -18,16 +18,18 @@ from tiny import VOCAB, tiny_head, tiny_target
 from torch._dynamo.utils import counters
 from torch.distributed.tensor import DTensor
 
+from slipstream.configs.errors import SlipstreamError
 from slipstream.configs.recipe import TargetSettings, TrainSettings
 from slipstream.data.batches import Batches
 from slipstream.distill.shards import layers_of
-from slipstream.distill.target import Target
+from slipstream.distill.target import Captured, Target
 from slipstream.train.metrics import Metrics
 from slipstream.train.trainer import Trainer
 
 
 def main(out: str, settings: str, stop: str = "0") -> None:
     folder, given = Path(out), json.loads(settings)
+    broken = given.pop("broken", None)
     recipe = replace(
         RECIPE,
         target=TargetSettings(shard=given.pop("shard_target", False)),
@@ -42,14 +44,34 @@ def main(out: str, settings: str, stop: str = "0") -> None:
             trainer._optimize(Metrics(3))
         trainer.save()
         return
+    if broken is not None:
+        spoil(trainer, broken)
+        return
     rows = trainer.run()
     head = trainer.result()
     if head is not None:
         torch.save(head.state_dict(), folder / "weights.pt")
-        said = {"processes": trainer.launch.processes, "begun": begun, "losses": [row["loss"] for row in rows]}
+        losses = [row["loss"] for row in rows if row["step"] > begun]
+        said = {"processes": trainer.launch.processes, "begun": begun, "losses": losses}
         said |= {"held": held(target), "graphs": counters["stats"]["unique_graphs"]}
         said |= {"patience": patience()}
         (folder / "said.json").write_text(json.dumps(said))
+
+
+def spoil(trainer: Trainer, broken: int) -> None:
+    """Run into a micro-batch whose features are NaN, and write down what was said, and whether weights are finite."""
+    of, told = trainer.features.of, ""
+    trainer.features.of = lambda index, *rest: (
+        Captured(*(x * float("nan") for x in of(index, *rest))) if index == broken else of(index, *rest)
+    )
+    try:
+        trainer.run()
+    except SlipstreamError as error:
+        told = str(error)
+    trainer.launch._require_finite()
+    said = {"told": told, "finite": all(x.isfinite().all().item() for x in trainer.launch.weights().values())}
+    rank = trainer.launch.accelerator.process_index
+    (trainer.folder / f"stopped-{rank}.json").write_text(json.dumps(said))
 
 
 def held(target: Target) -> float:

@@ -13,9 +13,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.utils import DistributedType
 from launched import main
 
 from slipstream.configs.errors import SlipstreamError
+from slipstream.configs.recipe import TrainSettings
 from slipstream.train.launch import Launch
 
 HERE = Path(__file__).parent
@@ -112,6 +114,23 @@ def test_sharded_over_two_processes_it_is_the_same_and_goes_on(alone, tmp_path, 
     assert_same(tmp_path, alone, 2, begun=3, held=0.5 if target else 1)
 
 
+def assert_stopped_and_goes_on(folder, reference, settings, *options, **launcher):
+    """A micro-batch that one of two processes alone sees as NaN stops both, with the checkpoint and weights before it."""
+    launch(folder, {**settings, "broken": 9, "checkpoint_minutes": 1e-9}, *options, port(), **launcher)
+    for rank in range(2):
+        stopped = json.loads((folder / f"stopped-{rank}.json").read_text())
+        assert "the loss became NaN or infinite at step 2" in stopped["told"]
+        assert stopped["finite"]
+        assert (folder / f"bad-step-2-process-{rank}.safetensors").is_file()
+    launch(folder, {**settings, "checkpoint_minutes": 1e-9}, *options, port(), **launcher)
+    assert_same(folder, reference, 2, begun=2)
+
+
+def test_a_loss_that_is_not_finite_on_one_process_stops_all(alone, tmp_path):
+    settings = {**ADAMW, "accumulation": 2}
+    assert_stopped_and_goes_on(tmp_path, alone, settings, "--nproc_per_node", 2, "--master_port")
+
+
 @pytest.mark.slow
 def test_two_nodes_do_what_one_process_does(alone, tmp_path):
     options = ("--nnodes", 2, "--nproc_per_node", 1, "--master_addr", "127.0.0.1", "--master_port", port())
@@ -132,17 +151,48 @@ def test_deepspeed_over_two_processes_is_the_same(alone, stage, tmp_path):
     file.write_text(json.dumps({**config, "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 2}))
     zero = ("--use_deepspeed", "--deepspeed_config_file", file, "--num_processes", 2, "--num_machines", 1)
     zero = (*zero, "--deepspeed_multinode_launcher", "standard", "--main_process_port")
-    for stop in (3, 0):
-        launch(
-            tmp_path,
-            {**ADAMW, "accumulation": 2},
-            *zero,
-            port(),  # a fresh one each time: the last may still be closing
-            stop=stop,
-            launcher="accelerate.commands.launch",
-            DS_ACCELERATOR="cpu",
-        )
-    assert_same(tmp_path, alone, 2, begun=3)
+    launcher = {"launcher": "accelerate.commands.launch", "DS_ACCELERATOR": "cpu"}
+    assert_stopped_and_goes_on(tmp_path, alone, {**ADAMW, "accumulation": 2}, *zero, **launcher)
+    assert [p.name for p in (tmp_path / "checkpoint").glob("step-*")] == ["step-6"]
+    assert (tmp_path / "checkpoint" / "latest").read_text() == "step-6"
+
+
+def test_a_checkpoint_of_deepspeed_counts_when_all_its_parts_are_there(tmp_path):
+    latest, events = tmp_path / "latest", []
+    latest.write_text("step-1")
+    (tmp_path / "step-1").mkdir()
+
+    def save(place, tag, client_state, save_latest):
+        assert not save_latest
+        (Path(place) / tag).mkdir()
+        events.append("saved")
+
+    def wait():
+        assert (tmp_path / "step-1").is_dir()
+        assert latest.read_text() == "step-1"
+        events.append("waited")
+
+    launch = SimpleNamespace(deepspeed=True, main=True, agree=bool, processes=2, shares=[1.0])
+    launch.module, launch.accelerator = SimpleNamespace(save_checkpoint=save), SimpleNamespace(wait_for_everyone=wait)
+    launch._require_finite = lambda: events.append("looked")
+    for _ in range(2):  # the second is there already, and stays as it is
+        Launch.save(launch, tmp_path, {"step": 2})
+    assert events == ["looked", "saved", "waited", "looked"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "step-2"]
+    assert latest.read_text() == "step-2"
+
+
+def test_a_checkpoint_of_deepspeed_that_cannot_be_read_is_one_line(tmp_path):
+    def load(place, tag):
+        raise RuntimeError("PytorchStreamReader failed\nmore")
+
+    (tmp_path / "latest").write_text("step-4")
+    (tmp_path / "step-4").mkdir()
+    (tmp_path / "step-4" / "zero_pp_rank_0_mp_rank_00_optim_states.pt").touch()
+    launch = SimpleNamespace(deepspeed=True, processes=1, everywhere=Path.exists)
+    launch.module = SimpleNamespace(load_checkpoint=load)
+    with pytest.raises(SlipstreamError, match=r"^[^\n]* cannot be read \(PytorchStreamReader failed\); [^\n]*$"):
+        Launch.load(launch, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -161,6 +211,20 @@ def test_a_checkpoint_of_deepspeed_wants_as_many_processes_under_deepspeed(tmp_p
     launch = SimpleNamespace(deepspeed=deepspeed, processes=processes, everywhere=Path.exists)
     with pytest.raises(SlipstreamError, match=told):
         Launch.load(launch, folder)
+
+
+@pytest.mark.parametrize("latest", ["", "step-5"])
+def test_a_checkpoint_of_deepspeed_without_its_parts_is_named(tmp_path, latest):
+    (tmp_path / "latest").write_text(latest)
+    launch = SimpleNamespace(deepspeed=True, processes=2, everywhere=Path.exists)
+    with pytest.raises(SlipstreamError, match="is damaged or cut short; delete it"):
+        Launch.load(launch, tmp_path)
+
+
+def test_deepspeed_refuses_shards_of_fsdp2():
+    accelerator = SimpleNamespace(distributed_type=DistributedType.DEEPSPEED)
+    with pytest.raises(SlipstreamError, match=r"set train\.shard false, or launch with configs/launch/ddp\.yaml"):
+        Launch(accelerator, torch.nn.Linear(1, 1), TrainSettings(optimizer="adamw", shard=True))
 
 
 def test_a_plain_checkpoint_does_not_go_on_under_deepspeed(tmp_path):
@@ -196,16 +260,18 @@ def test_launch_files_launch(alone, name, tmp_path):
 def test_slurm_starts_one_launcher_on_every_machine(tmp_path):
     commands = {  # as Slurm and accelerate have them
         "scontrol": "echo one; seq 100000",  # more hosts than a pipe holds
-        "srun": 'for id in 0 1; do SLURM_NODEID=$id "$@"; done',
-        "accelerate": "printf '%s|' \"$@\"; echo",
+        "srun": '[ "$1" = --kill-on-bad-exit=1 ]; shift; for id in 0 1; do SLURM_NODEID=$id "$@"; done',
+        "accelerate": "printf '%s|' \"$@\" $OMP_NUM_THREADS $SRUN_CPUS_PER_TASK; echo",
     }
     for name, body in commands.items():
         (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
         (tmp_path / name).chmod(0o755)
     slurm = {"SLURM_JOB_NODELIST": "some[1-2]", "SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "8"}
+    slurm |= {"SLURM_CPUS_PER_TASK": "60"}
+    mine = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
     done = subprocess.run(
         ["bash", FILES / "slurm.sh", "--config", "a recipe.yaml"],
-        env={**os.environ, **slurm, "PATH": f"{tmp_path}:{os.environ['PATH']}"},
+        env={**mine, **slurm, "PATH": f"{tmp_path}:{os.environ['PATH']}"},
         capture_output=True,
         text=True,
         check=True,
@@ -221,7 +287,7 @@ def test_slurm_starts_one_launcher_on_every_machine(tmp_path):
             "--main_process_ip": "one",
             "--main_process_port": "29500",
         }
-        assert words[13:] == ["-m", "slipstream.cli", "train", "--config", "a recipe.yaml", ""]
+        assert words[13:] == ["-m", "slipstream.cli", "train", "--config", "a recipe.yaml", "7", "60", ""]
     assert rank == 1
 
 

@@ -259,6 +259,45 @@ def test_what_does_not_fit_is_said_with_the_setting_to_change(shape):
     assert shortages(settings, plan, MACHINE) == []
 
 
+def test_of_several_cards_the_one_with_the_head_on_it_must_have_room(shape):
+    settings = replace(recipe(shape), target=TargetSettings(str(shape), device_map="auto"))
+    target, head = outline(settings)
+    plan = stages(settings, target, head, Text(1_000_000, 1.0, BATCH), MACHINE)
+    online = plan[2]
+    whole = online.held["target"]
+    on_one = online.memory - whole + whole / 4
+    assert sum(online.on_one(4).values()) == pytest.approx(on_one)
+    assert sum(online.on_one(1).values()) == online.memory
+    told = shortages(settings, plan, replace(MACHINE, memory=0.99 * on_one, cards=4))
+    assert online.memory < 4 * 0.99 * on_one  # together they have room
+    assert len(told) == 1
+    assert "train online needs" in told[0]
+    assert " GB of memory on one of 4 cards, there are " in told[0]
+    assert shortages(settings, plan, replace(MACHINE, memory=1.01 * on_one, cards=4)) == []
+
+
+@pytest.mark.parametrize(
+    ("stored", "target", "train", "named"),
+    [
+        (False, {}, {}, "see target.device_map auto, target.shard, or a store (data.features)"),
+        (False, {"device_map": "auto"}, {}, "see more cards (--card GB TFLOP/s COUNT plans for them), or a store"),
+        (False, {"shard": True}, {}, "see more processes, or a store"),
+        (True, {"device_map": "auto"}, {"measure_every": 5}, "see train.measure_every"),
+        (True, {}, {"measure_every": 5}, "see train.measure_every"),
+    ],
+)
+def test_the_setting_to_change_is_one_that_would_help(shape, stored, target, train, named):
+    settings = recipe(shape, train=train)
+    data = replace(settings.data, features="store" if stored else None)
+    settings = replace(settings, target=TargetSettings(str(shape), **target), data=data)
+    outlined, head = outline(settings)
+    plan = stages(settings, outlined, head, Text(1_000_000, 1.0, BATCH), MACHINE)
+    heavy = [replace(stage, held={**stage.held, "target": 10**12}) for stage in plan]
+    (told,) = shortages(settings, heavy, MACHINE)
+    assert "most is target" in told
+    assert named in told
+
+
 def test_answers_at_once_are_what_regenerate_takes():
     assert inspect.signature(regenerate).parameters["batch_size"].default == ANSWERS
 
@@ -273,6 +312,10 @@ def test_the_command_prints_and_writes_nothing(shape, tmp_path, capsys, monkeypa
     assert "warning: train online needs" in said
     assert "estimated" in said
     assert not (tmp_path / "run").exists()
+    assert main(["train", *options, "--target.device_map", "auto", "--plan", "--card", "0.05", "2", "4"]) == 0
+    said = capsys.readouterr().out
+    assert "processes 8, each with 4 times a card of 0.05 GB and 2.00 TFLOP/s" in said
+    assert "GB of memory on one of 4 cards, there are 0.1 GB" in said
     monkeypatch.setenv("RANK", "1")
     assert main(["train", *options, "--plan"]) == 0
     assert capsys.readouterr().out == ""
@@ -295,6 +338,7 @@ def test_the_command_counts_data_that_is_here(tiny_target_folder, tmp_path, caps
     [
         (("--plan", "--target.name", "nobody/nothing"), "target 'nobody/nothing' cannot be read"),
         (("--plan", "--card", "80"), "--card takes the GB and the TFLOP/s"),
+        (("--plan", "--card", "80", "400", "1.5"), "--card takes the GB and the TFLOP/s"),
         (("--card", "80", "400"), "--plan"),
     ],
 )

@@ -143,8 +143,9 @@ def test_batches_of_a_store_are_those_of_the_conversations_with_zeros_behind(fin
 def test_batches_come_in_any_order_whatever_was_announced(finished):
     store = Store(finished)
     features = StoredFeatures(store, Batches(store.tokens, 128, 0))
-    for index, then in [(0, 1), (1, 4), (2, 3), (3, 0), (0, 0), (0, 50)]:
+    for index, then in [(0, [1, 2]), (1, [2, 4]), (2, [3]), (3, [0, 5, 0]), (0, [0]), (0, []), (0, range(50, 60))]:
         captured = features.of(index, features.batches[index], then)
+        assert [*features._coming] == [*dict.fromkeys(then)]
         rows = features.batches.rows(index)
         assert torch.equal(captured.features, store.batch(rows, features.batches.width(rows)).features)
 

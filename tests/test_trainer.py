@@ -1,12 +1,14 @@
 """The training loop: it learns, it resumes bit for bit, and what it simulates is what decoding measures."""
 
 import copy
+import gc
 import json
 import signal
 import subprocess
 import sys
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
@@ -137,7 +139,12 @@ def test_a_run_writes_its_rows_as_it_goes_and_into_tensorboard(tmp_path):
     recipe = replace(RECIPE, train=replace(RECIPE.train, trackers=("tensorboard",)))
     run = trainer(tmp_path, recipe)
     run.run()
-    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 4
+    written = tmp_path / "metrics.jsonl"
+    assert [json.loads(line) for line in written.read_text().splitlines()] == run.rows
+    whole = written.read_bytes()
+    written.write_bytes(whole + whole.splitlines()[-1][:20])  # as a kill leaves it
+    assert len(trainer(tmp_path, recipe).run()) == 4
+    assert written.read_bytes() == whole
     assert list((tmp_path / "slipstream").rglob("events.out.tfevents*"))
 
 
@@ -330,6 +337,24 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
         run.run()
     kept = load_file(tmp_path / "bad-step-0-process-0.safetensors")
     assert torch.equal(kept["input_ids.0"], run.batches[0].input_ids)
+    assert run.head.fc.weight.isnan().sum() == 1  # there was no step
+    with pytest.raises(SlipstreamError, match="weights are NaN or infinite, and the checkpoint before was kept"):
+        run.save()
+    assert not (tmp_path / "checkpoint.pt").exists()
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux")
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_nothing_that_goes_on_is_mapped_from_the_checkpoint(tmp_path, optimizer):
+    recipe = replace(RECIPE, train=replace(RECIPE.train, optimizer=optimizer, ema=0.5))
+    run = trainer(tmp_path, recipe)
+    run._optimize(Metrics(3))
+    run.save()
+    again = trainer(tmp_path, recipe)
+    gc.collect()
+    assert str(tmp_path / "checkpoint.pt") not in Path("/proc/self/maps").read_text()
+    state = [x for o in again.launch.optimizers for kept in o.state.values() for x in kept.values()]
+    assert len(state) >= len([*again.head.parameters()])
 
 
 @pytest.mark.parametrize(

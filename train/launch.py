@@ -6,6 +6,7 @@ accelerate launch --config_file configs/launch/ddp.yaml -m slipstream.cli train 
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 import platform
 import shutil
@@ -22,8 +23,8 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from slipstream.configs.errors import SlipstreamError
-from slipstream.configs.files import write_through
+from slipstream.configs.errors import SlipstreamError, out_of_memory
+from slipstream.configs.files import write_atomic, write_through
 from slipstream.train.optimizer import make_optimizers
 
 if TYPE_CHECKING:
@@ -38,6 +39,10 @@ _PATIENCE = timedelta(days=1)
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 """Parameters of glibc's mallopt(3)."""
+
+
+_UNREADABLE = (OSError, RuntimeError, EOFError, ValueError, TypeError, LookupError, AssertionError, UnpicklingError)
+"""What reading a damaged checkpoint raises."""
 
 
 def keep_freed_memory() -> None:
@@ -87,15 +92,19 @@ def start(settings: TrainSettings, folder: Path) -> Accelerator:
 def read_checkpoint(file: Path) -> dict[str, Any]:
     """What was written into a run's folder by `torch.save`, on the CPU.
 
+    Its tensors are mapped: all processes of a machine share them, and they are to be copied before the file is replaced.
+
     Raises:
         SlipstreamError: If it is damaged.
     """
     try:
-        return dict(torch.load(file, map_location="cpu", weights_only=True))
-    except (OSError, RuntimeError, EOFError, ValueError, TypeError, UnpicklingError) as error:
-        raise SlipstreamError(
-            f"{file} is damaged or cut short; delete it to go on without it, or give another --out"
-        ) from error
+        return dict(torch.load(file, map_location="cpu", weights_only=True, mmap=True))
+    except _UNREADABLE as error:
+        raise _damaged(file) from error
+
+
+def _damaged(place: Path) -> SlipstreamError:
+    return SlipstreamError(f"{place} is damaged or cut short; delete it to go on without it, or give another --out")
 
 
 class Launch:
@@ -113,6 +122,11 @@ class Launch:
         self.deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
         if self.deepspeed and settings.optimizer == "muon":
             raise SlipstreamError("muon needs whole matrices, and DeepSpeed shards them: set train.optimizer adamw")
+        if self.deepspeed and settings.shard:
+            raise SlipstreamError(
+                "train.shard is FSDP2, and DeepSpeed shards by its stage: set train.shard false, or launch with "
+                "configs/launch/ddp.yaml"
+            )
         if self.deepspeed and settings.ema is not None and accelerator.state.deepspeed_plugin.zero_stage == 3:
             raise SlipstreamError(
                 "train.ema averages whole weights; it does not go with ZeRO stage 3: launch with stage 2"
@@ -123,7 +137,7 @@ class Launch:
                 "with stage 2"
             )
         module = module.to(accelerator.device)
-        if settings.shard and not self.deepspeed:
+        if settings.shard:
             if accelerator.num_processes < 2:
                 raise SlipstreamError("train.shard needs several processes: accelerate launch --num_processes 2 ...")
             mesh = torch.distributed.init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
@@ -175,12 +189,23 @@ class Launch:
         else:
             loss.backward()
 
-    def step(self, rate: float) -> float:
-        """Clip, step, forget the gradients; returns their norm before clipping."""
+    def step(self, rate: float, loss: Tensor) -> float:
+        """Clip, step, forget the gradients.
+
+        Args:
+            rate: The learning rate.
+            loss: This process's part of the step's loss, no graph behind it.
+
+        Returns:
+            The gradients' norm before clipping; NaN, and nothing was stepped, where it or the loss is not finite.
+        """
         for optimizer, share in zip(self.optimizers, self.shares, strict=True):
             for group in optimizer.param_groups:
                 group["lr"] = rate * share
+        loss = self.sum(loss)
         if self.deepspeed:
+            if not math.isfinite(loss):  # read where its step would wait for the norm; older ones take a NaN norm for 1
+                return math.nan
             self.module.step()
             return float(self.module.get_global_grad_norm())
         parameters = [p for p in self.module.parameters() if p.requires_grad]
@@ -193,23 +218,45 @@ class Launch:
             for parameter in parameters:
                 parameter.grad = self.sum(parameter.grad)
         norm = torch.nn.utils.clip_grad_norm_(parameters, self.settings.clip)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        length, lost = torch.stack([norm.float(), loss.float()]).tolist()  # one wait for the device
+        if not math.isfinite(length + lost):
+            return math.nan
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad()
-        return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+        return float(length)
+
+    def _require_finite(self) -> None:
+        """Make sure that there are weights worth keeping, on all processes alike."""
+        cut = self.deepspeed and self.module.zero_optimization_partition_weights()
+        own = [p.ds_tensor if cut else p.to_local() if isinstance(p, DTensor) else p for p in self.module.parameters()]
+        bad = torch.stack([~torch.isfinite(x.detach()).all() for x in own]).any()
+        if self.sum(bad.float()):
+            raise SlipstreamError(
+                "the head's weights are NaN or infinite, and the checkpoint before was kept; lower train.learning_rate "
+                "and give another --out"
+            )
 
     def save(self, place: Path, progress: dict[str, Any]) -> None:
         """Replace the checkpoint; a kill leaves the old one or the new one.
 
         It is a file, `place`.pt, of whole tensors, which any number of processes can go on from; under DeepSpeed a folder,
         which only as many as wrote it can.
+
+        Raises:
+            SlipstreamError: If weights are not finite; the old one stays.
         """
+        self._require_finite()
         progress = {**progress, "processes": self.processes, "shares": self.shares}
         if self.deepspeed:
-            tag = f"step-{progress['step']}"
-            self.module.save_checkpoint(str(place), tag=tag, client_state=progress)
-            self.accelerator.wait_for_everyone()
+            tag, latest = f"step-{progress['step']}", place / "latest"
+            if self.agree(self.main and latest.exists() and latest.read_text().strip() == tag):
+                return  # it is this one, and must not be written over
+            self.module.save_checkpoint(str(place), tag=tag, client_state=progress, save_latest=False)
+            self.accelerator.wait_for_everyone()  # all parts are there before it counts
             if self.main:
+                write_atomic(latest, tag)
                 for old in place.glob("step-*"):
                     if old.name != tag:
                         shutil.rmtree(old)
@@ -238,12 +285,22 @@ class Launch:
                 return None
             tag = (place / "latest").read_text().strip()
             wrote = len(list((place / tag).glob("*optim_states.pt")))
+            if not tag or not wrote:
+                raise _damaged(place)
             if wrote != self.processes:
                 raise SlipstreamError(
                     f"{place} was written by {wrote} processes under DeepSpeed and goes on with as many"
                 )
-            _, progress = self.module.load_checkpoint(str(place))
-            return dict(progress)
+            try:
+                _, progress = self.module.load_checkpoint(str(place), tag=tag)
+                return dict(progress)
+            except _UNREADABLE as error:
+                if out_of_memory(error):
+                    raise
+                why = next(iter(str(error).splitlines()), type(error).__name__)
+                raise SlipstreamError(
+                    f"{place} cannot be read ({why}); if it is damaged, delete it to go on without it, or give another --out"
+                ) from error
         if self.everywhere(place):
             raise SlipstreamError(f"{place} was written under DeepSpeed; go on with it, or give another --out")
         if not self.everywhere(file):
@@ -256,6 +313,9 @@ class Launch:
             optim_state_dict=state["optimizers"],
             options=StateDictOptions(full_state_dict=True),
         )
+        for kept in (kept for optimizer in self.optimizers for kept in optimizer.state.values()):
+            own = {name: x.clone() for name, x in kept.items() if isinstance(x, Tensor) and x.device.type == "cpu"}
+            kept.update(own)  # which were the file's
         self.shares = state["progress"].get("shares", [1.0] * len(self.shares))  # older versions had no others
         return dict(state["progress"])
 

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from slipstream.configs.recipe import DataSettings, Recipe
 
 _TEXT = 5  # bytes of a token in a file of conversations
+_SPREAD = ("target", "keys and values")  # what is where the target's layers are
 
 
 @dataclass(frozen=True)
@@ -43,11 +44,12 @@ class Machine:
 
     Attributes:
         kind: `cpu`, or that of the accelerator.
-        memory: Bytes that a process's device has; with `target.device_map`, all of its devices.
+        memory: Bytes that a process's device has; with `target.device_map`, each of its devices.
         flops: Per second and process.
         disk: Bytes that are free where the run is written.
         processes: Of the launch; `slipstream regenerate` is one.
         zero: Stage of DeepSpeed's ZeRO; 0 without DeepSpeed.
+        cards: Devices of a process: with `target.device_map` the target is spread over them.
     """
 
     kind: str
@@ -56,6 +58,7 @@ class Machine:
     disk: float
     processes: int = 1
     zero: int = 0
+    cards: int = 1
 
 
 @dataclass(frozen=True)
@@ -114,6 +117,15 @@ class Stage:
     def memory(self) -> int:
         """Bytes on the device of a process at the worst moment."""
         return sum(self.held.values()) + max(self.passing.values())
+
+    def on_one(self, cards: int) -> dict[str, float]:
+        """What lies on the fullest of a process's devices at the worst moment: its share of the target, and all the rest."""
+        held, passing = (
+            {part: size / cards if part in _SPREAD else float(size) for part, size in parts.items()}
+            for parts in (self.held, self.passing)
+        )
+        most = max(passing, key=lambda part: passing[part])
+        return {**held, most: passing[most]}
 
 
 def outline(recipe: Recipe) -> tuple[Target, DraftHead]:
@@ -210,7 +222,6 @@ def stages(recipe: Recipe, target: Target, head: DraftHead, text: Text, machine:
 def shortages(recipe: Recipe, plan: Sequence[Stage], machine: Machine) -> list[str]:
     """What of the stages that are used does not fit, and what would make it smaller."""
     advice = {
-        "target": "target.device_map auto, target.shard, or a store (data.features)",
         "kept features": "data.batches",
         "head": "train.shard, or head.hidden_size",
         "gradients": "train.shard, or head.hidden_size",
@@ -218,19 +229,39 @@ def shortages(recipe: Recipe, plan: Sequence[Stage], machine: Machine) -> list[s
         "average": "train.ema",
     }
     told = []
-    for stage in (stage for stage in plan if stage.used and stage.memory > machine.memory):
-        part, size = max({**stage.held, **stage.passing}.items(), key=lambda item: item[1])
+    for stage in (stage for stage in plan if stage.used):
+        parts = stage.on_one(machine.cards)
+        needed = sum(parts.values())
+        if needed <= machine.memory:
+            continue
+        part, size = max(parts.items(), key=lambda item: item[1])
         see = advice.get(part, f"data.batch_tokens ({recipe.data.batch_tokens})")
+        if part == "target":
+            see = _smaller_target(recipe, stage)
         if stage.name == "regenerate":
             see = "regenerate --batch_size, or --server"
+        where = f" on one of {machine.cards} cards" if machine.cards > 1 else ""
         told.append(
-            f"{stage.name} needs {stage.memory / 1e9:,.1f} GB of memory, there are {machine.memory / 1e9:,.1f} GB; most is "
+            f"{stage.name} needs {needed / 1e9:,.1f} GB of memory{where}, there are {machine.memory / 1e9:,.1f} GB; most is "
             f"{part} ({size / 1e9:,.1f} GB): see {see}"
         )
     disk = sum(stage.disk for stage in plan if stage.used)
     if disk > machine.disk:
         told.append(f"{disk / 1e9:,.1f} GB of disk are needed, {machine.disk / 1e9:,.1f} GB are free")
     return told
+
+
+def _smaller_target(recipe: Recipe, stage: Stage) -> str:
+    """What leaves less of the target on a device in a stage."""
+    if stage.name == "train from a store":
+        return "train.measure_every, which decodes with the target"
+    if recipe.target.device_map is not None:
+        spread = "more cards (--card GB TFLOP/s COUNT plans for them)"
+    elif stage.name == "capture":
+        return "target.device_map auto"
+    else:
+        spread = "more processes" if recipe.target.shard else "target.device_map auto, target.shard"
+    return spread if stage.name == "capture" else f"{spread}, or a store (data.features)"
 
 
 def forward_flops(target: Target, length: int) -> float:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import time
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,7 +17,7 @@ from slipstream.configs.progress import progress
 from slipstream.configs.recipe import Recipe
 from slipstream.data.batches import Batch
 from slipstream.distill.adapters import rebuild, save_adapter
-from slipstream.distill.features import Features, OnlineFeatures, StoredFeatures
+from slipstream.distill.features import AHEAD, Features, OnlineFeatures, StoredFeatures
 from slipstream.distill.shards import shard
 from slipstream.distill.tensors import read_json
 from slipstream.distill.unroll import Distillation, labelled_rows
@@ -136,7 +135,7 @@ class Trainer:
                     "have changed since; put them back, or give another --out"
                 )
             self.step, self.seconds, self.rows = state["step"], state["seconds"], state["rows"]
-            self.average = {name: weight.to(self.device) for name, weight in state["average"].items()}
+            self.average = {name: weight.to(self.device, copy=True) for name, weight in state["average"].items()}
 
     def save(self) -> None:
         """Replace the checkpoint by the present state."""
@@ -151,21 +150,21 @@ class Trainer:
     def _optimize(self, metrics: Metrics) -> int:
         """One optimizer step over all micro-batches of all processes; returns its padded tokens here."""
         settings, steps = self.settings, self._unrolled()
-        first = self.step * self.micro + self.launch.accelerator.process_index * settings.accumulation
-        indices = [*range(first, first + settings.accumulation), first + self.micro]
-        batches = {index: self._batch(index) for index in indices[:-1]}
+        indices = [self._index(self.step * settings.accumulation + i) for i in range(settings.accumulation + AHEAD)]
+        batches = {index: self._batch(index) for index in indices[: settings.accumulation]}
         # The loss is a mean over all labelled rows of all processes and micro-batches, each unroll step at its weight.
         labels = torch.stack([labelled_rows(b.mask, steps, b.starts) for b in batches.values()])
         rows = self.launch.sum(labels.sum(0).float())
         scale = self.weights[:steps] / (rows * self.weights[:steps]).sum().clamp(min=1.0)
-        for index, then in pairwise(indices):
-            batch = batches[index]
-            captured = self.features.of(index, batch, then)
+        lost = torch.zeros((), device=self.device)
+        for place, (index, batch) in enumerate(batches.items(), start=1):
+            captured = self.features.of(index, batch, indices[place : place + AHEAD])
             noise = torch.Generator(self.device).manual_seed(settings.seed * 1_000_003 + index)
             loss, out = self.launch.module(batch.input_ids, batch.mask, scale, captured, noise, batch.starts)
-            self.launch.backward(loss, last=then == indices[-1])
+            self.launch.backward(loss, last=place == settings.accumulation)
+            lost += loss.detach()
             metrics.add(out, self.weights[:steps])
-        norm = self.launch.step(learning_rate(self.step, self.total, settings))
+        norm = self.launch.step(learning_rate(self.step, self.total, settings), lost)
         if not math.isfinite(norm):
             self._keep_bad(batches)
         metrics.norm = norm
@@ -174,6 +173,14 @@ class Trainer:
                 self.average.setdefault(name, weight.detach().clone()).lerp_(weight.detach(), 1 - settings.ema)
         self.step += 1
         return sum(batch.mask.numel() for batch in batches.values())
+
+    def _index(self, number: int) -> int:
+        """The micro-batch of the run that is this process's `number`-th.
+
+        Worked example: process 1 of 2 with accumulation 2 takes 2, 3, 6, 7, 10, ...
+        """
+        step, place = divmod(number, self.settings.accumulation)
+        return step * self.micro + self.launch.accelerator.process_index * self.settings.accumulation + place
 
     def _batch(self, index: int) -> Batch:
         """The index-th micro-batch, on the device."""
@@ -225,6 +232,9 @@ class Trainer:
 
     def _steps(self, advance: Advance) -> None:
         settings = self.settings
+        written = self.folder / "metrics.jsonl"
+        if self.launch.main:
+            write_atomic(written, "".join(json.dumps(row) + "\n" for row in self.rows))  # no row beyond the checkpoint
         metrics, clock = Metrics(self.distill.steps), time.perf_counter()
         saved = clock
         advance(self.step)
@@ -238,8 +248,8 @@ class Trainer:
                 row["tokens"] += self.rows[-1]["tokens"] if self.rows else 0
                 self.rows.append(row)
                 if self.launch.main:
-                    lines = "".join(json.dumps(row) + "\n" for row in self.rows)
-                    write_atomic(self.folder / "metrics.jsonl", lines)
+                    with written.open("a") as file:
+                        file.write(json.dumps(row) + "\n")
                 self.launch.accelerator.log(row, step=self.step)
                 metrics = Metrics(self.distill.steps)
                 advance(0, note=f"loss {row['loss']:.3f}, simulated tau {row['simulated_acceptance_length']:.2f}")

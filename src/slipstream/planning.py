@@ -56,8 +56,9 @@ def show(recipe: Recipe, out: Path, card: Sequence[float]) -> None:
     print(f"target: {target.name}, {weights / target.dtype.itemsize / 1e6:,.0f} M weights in {recipe.target.dtype}")
     print(f"head: {head.config.kind}, {own / 1e6:,.0f} M weights")
     print(f"data: {text.tokens:,} tokens{why}")
+    cards = f"a {machine.kind}" if machine.cards == 1 else f"{machine.cards} times a {machine.kind}"
     print(
-        f"machine: processes {machine.processes}, each with a {machine.kind} of {_gigabytes(machine.memory)} and "
+        f"machine: processes {machine.processes}, each with {cards} of {_gigabytes(machine.memory)} and "
         f"{machine.flops / 1e12:,.2f} TFLOP/s ({said}); {_gigabytes(machine.disk)} of disk are free"
     )
     table = Table("stage", "memory a process", "disk", "time, at least", "in this recipe", box=None)
@@ -95,22 +96,28 @@ def _token_rows(recipe: Recipe) -> Dataset:
 
 def _machine(recipe: Recipe, out: Path, card: Sequence[float]) -> Machine:
     """This machine, as the launch shares it out; or cards of so many GB and TFLOP/s."""
-    if card and (len(card) != 2 or min(card) <= 0):
-        raise SlipstreamError("--card takes the GB and the TFLOP/s of a card, such as --card 80 400")
+    if card and (len(card) not in (2, 3) or min(card) <= 0 or card[2:] != [int(n) for n in card[2:]]):
+        raise SlipstreamError(
+            "--card takes the GB and the TFLOP/s of a card, such as --card 80 400, and for target.device_map how many a "
+            "process has: --card 80 400 8"
+        )
     processes, local = (int(os.environ.get(name, "1")) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
     folder = next(place for place in (out.absolute(), *out.absolute().parents) if place.exists())
     disk = shutil.disk_usage(folder).free
+    spread = recipe.target.device_map is not None
     if card:
-        return Machine("card", card[0] * 1e9, card[1] * 1e12, disk, processes, _zero_stage())
+        count = int(card[2]) if spread and card[2:] else 1
+        return Machine("card", card[0] * 1e9, card[1] * 1e12, disk, processes, _zero_stage(), count)
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     assert device is not None
+    count = 1
     if device.type == "cuda":
-        count = torch.cuda.device_count() if recipe.target.device_map else 1
-        memory = float(count * torch.cuda.get_device_properties(device).total_memory)
+        count = torch.cuda.device_count() if spread else 1
+        memory = float(torch.cuda.get_device_properties(device).total_memory)
     else:
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / local
     dtype = torch.bfloat16 if recipe.train.mixed_precision == "bf16" else torch.float32
-    return Machine(device.type, memory, _measured_flops(device, dtype), disk, processes, _zero_stage())
+    return Machine(device.type, memory, _measured_flops(device, dtype), disk, processes, _zero_stage(), count)
 
 
 def _zero_stage() -> int:

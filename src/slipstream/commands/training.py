@@ -118,7 +118,8 @@ def train(
         recipe: All settings.
         out: Folder of the run.
         plan: Print what memory, disk and time every stage takes, and start nothing.
-        card: Plan for cards of so many GB and TFLOP/s, in place of this machine's own.
+        card: Plan for cards of so many GB and TFLOP/s, in place of this machine's own; a third number is how many of them a
+            process has under target.device_map.
     """
     if plan:
         from slipstream.planning import show
@@ -156,8 +157,14 @@ def train(
     store = None
     with accelerator.main_process_first():  # what it converts and tokenizes, the others find in caches
         settings, device = recipe.target, _device(recipe.target, "cpu")
+        known = recipe.data.features is not None or not accelerator.is_main_process  # by `capture`, or by the first one
         target = load_target(
-            settings.name, dtype=settings.dtype, adapter=settings.adapter, device=device, think=recipe.data.think
+            settings.name,
+            dtype=settings.dtype,
+            adapter=settings.adapter,
+            device=device,
+            think=recipe.data.think,
+            known=known,
         )
         target, head = _begin(recipe, target)
         if recipe.data.features is None:
