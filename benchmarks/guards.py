@@ -23,6 +23,14 @@ if TYPE_CHECKING:
     from slipstream.decode.evaluate import Record
 
 GUARDS = ["per_round=1", "per_request=5", "per_request=20", "regret=2", "regret=8"]
+TEXT_COLUMNS = [
+    "agreement with exact",
+    "same answers",
+    "log-likelihood (nats/token)",
+    "length",
+    "distinct 2-grams",
+    "repeated 4-grams",
+]
 
 
 def distinct(tokens: Sequence[int], n: int) -> float:
@@ -121,15 +129,7 @@ def main(
             [cost_line(name, exact, records, tokens) for name, records in answers.items()],
         ),
         table(
-            [
-                f"{rule} with",
-                "agreement with exact",
-                "same answers",
-                "log-likelihood (nats/token)",
-                "length",
-                "distinct 2-grams",
-                "repeated 4-grams",
-            ],
+            [f"{rule} with", *TEXT_COLUMNS],
             [text_line(name, exact, records) for name, records in answers.items()],
         ),
     )

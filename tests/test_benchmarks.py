@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import sys
 from importlib import import_module, util
 from pathlib import Path
+from types import SimpleNamespace
 from xml.etree import ElementTree
 
 import numpy as np
@@ -20,6 +22,7 @@ from test_tasks import write
 from tiny import tiny_head
 
 import slipstream
+from slipstream.configs.errors import SlipstreamError
 from slipstream.data import batches
 from slipstream.decode import plan
 from slipstream.decode.engine import Decoder
@@ -40,6 +43,7 @@ STUDIES = (
     "heads",
     "padding",
     "policies",
+    "price",
     "recovery",
     "released",
     "signals",
@@ -146,6 +150,25 @@ def test_all_decoders_answer_the_same_prompts(studies, folders, tmp_path, capsys
     assert {line["regret"] for line in lines.values()} == {"0.0000"}
 
 
+@pytest.mark.parametrize("late", [False, True], ids=["no compiler", "compiling fails"])
+def test_what_cannot_be_compiled_costs_no_other_measurement(studies, folders, tmp_path, monkeypatch, late):
+    def broken(*given):
+        raise RuntimeError("no compiler here")
+
+    monkeypatch.setattr(torch, "compile", lambda function, **given: broken if late else broken())
+    if late:
+        monkeypatch.setattr(studies["decode"], "require_compiler", lambda device: None)
+    out, prompts = tmp_path / "table.md", [Path(folders["prompts"])]
+    with pytest.raises(SlipstreamError, match=r"failed were compiled.*no compiler here"):
+        studies["decode"].main(
+            folders["head"], folders["target"], prompts, limit=1, max_new_tokens=6, dtype="float32", out=out
+        )
+    names = [line[""] for line in _parsed(out.read_text())]
+    assert names[0] == "transformers generate"
+    assert len(names) == 8
+    assert not any(name.startswith("compiled") for name in names)
+
+
 def test_relaxed_tokens_and_regret_grow_with_what_guards_allow(command):
     guards = ["per_request=0", "per_request=1", "per_request=2", "regret=0.3"]
     costs, texts = command("guards", "--guards", str(guards).replace("'", ""))
@@ -248,6 +271,20 @@ def test_signals_at_equal_regret(command, tmp_path):
     before = trace.read_bytes()
     assert command("signals", *options) == [lines, equal]
     assert trace.read_bytes() == before
+
+
+def test_what_a_price_buys(command):
+    options = ["--margins", "[0.0, 1.0]", "--prices", "[1e6, 0.5]", "--rank", "3", "--levels", "[0.01]"]
+    costs, texts, equal = command("price", *options)
+    exact, closed, loose, also_closed, looser, dear, cheap = costs
+    for line in (closed, also_closed, dear):  # no margin, or none that is worth its price
+        assert (line["tau"], _number(line["regret (nats/token)"])) == (exact["tau"], 0)
+    assert 0 < _number(loose["regret (nats/token)"]) <= _number(looser["regret (nats/token)"])
+    assert _number(cheap["tau"]) > _number(exact["tau"])
+    same = {line["rule"]: line["same answers"] for line in texts}
+    assert same["exact"] == same["mars:margin=2,rank=3,price=1e+06"] == "100%"
+    assert [line["rule"] for line in equal] == ["margin", "margin, rank 3", "price, rank 3"]
+    assert equal[0]["above the first"].startswith("0.000")
 
 
 def test_a_level_of_regret_lies_between_two_thresholds(studies):
@@ -374,6 +411,34 @@ def test_measurements_for_a_card_say_that_there_is_none():
         _script("gpu").main("head")
     with pytest.raises(SystemExit, match=r"train\.py --device cuda needs a CUDA device"):
         _script("train").main(device="cuda")
+
+
+def test_what_fails_on_a_card_is_told_behind_all_the_others(monkeypatch):
+    gpu, ran = _script("gpu"), []
+
+    def run(command, *, env):
+        ran.append((Path(command[1]).name, env["TORCH_CUDNN_SDPA_DEPRIORITIZED"], env["PATH"]))
+        return SimpleNamespace(returncode=int(ran[-1][0] == "batch.py"))
+
+    monkeypatch.setattr(gpu.subprocess, "run", run)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "card")
+    with pytest.raises(SystemExit, match=r"failed: batch\.py .*--batch 4; batch\.py .*--batch 10$"):
+        gpu.main("head")
+    assert ran == [(name, "1", os.environ["PATH"]) for name in ("decode.py", "batch.py", "batch.py", "train.py")]
+
+
+def test_batches_are_measured_behind_a_pass_that_is_not(studies, folders, monkeypatch, capsys):
+    batch, passes = _script("batch"), []
+    real = batch._pairs
+    monkeypatch.setattr(batch, "_pairs", lambda *given: passes.append(real(*given)) or passes[-1])
+    monkeypatch.setattr(batch, "read_prompts", lambda limit: TALKS[:limit])
+    batch.main(folders["head"], folders["target"], batch=2, prompts=3, max_new_tokens=4, dtype="float32")
+    assert [group.shape for group in passes] == [(1, 2, 2)] * 2
+    printed = capsys.readouterr().out
+    speeds = passes[1][0, :, 0] / passes[1][0, :, 1]
+    assert f"one by one {speeds[0]:.1f} tokens/s, batch of 2 {speeds[1]:.1f} tokens/s" in printed
+    assert printed.count("greedy verification, 64 nodes") == 2
 
 
 def test_what_is_run_on_a_card_knows_its_options(studies):

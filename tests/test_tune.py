@@ -184,10 +184,16 @@ def test_the_chosen_policy_was_run_and_keeps_to_the_budget(decoder, budget):
 def test_the_neighbours_of_every_rule_are_the_next_thresholds_of_its_kind():
     for rule in RULES:
         near = _neighbours(rule, RULES)
-        assert all(r != rule and replace(r, signal=rule.signal, threshold=rule.theta) == rule for r in near)
+        assert near
+        for r in near:
+            assert r != rule
+            assert bool(r.price) == bool(rule.price)
+            assert replace(r, signal=rule.signal, threshold=rule.theta, price=rule.price) == rule
     middle = Verifier("mars", "margin", 1.0, rank=3)
     assert [r.theta for r in _neighbours(middle, RULES)] == [0.5, 0.75, 1.5, 2.0]
     assert [r.theta for r in _neighbours(Verifier("mars", "ratio", 0.98), RULES)] == [0.9, 0.95]
+    priced = Verifier("mars", "margin", 2.0, rank=4, price=2.0)
+    assert [r.price for r in _neighbours(priced, RULES)] == [1.5, 1.75, 2.5, 3.0]
 
 
 def test_what_kept_to_the_budget_stays_where_its_last_run_does_not(decoder, monkeypatch):
