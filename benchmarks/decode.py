@@ -61,7 +61,7 @@ def _line(name: str, base: list[Record], undrafted: list[Record], records: list[
 def _contenders(eager: Decoder, margins: tuple[float, ...]) -> dict[str, Pair]:
     """Who decodes, by name."""
     model, drafter, policy = eager.target, eager.drafter, eager.policy
-    mars = policy.rule("mars").label
+    mars = policy.rule("mars").guarded
     chain = replace(policy, tree=TreeShape.chain(10))
     alone = replace(policy, tree=replace(policy.tree, copied=0))
     cost = replace(policy, tree=TreeShape(4, 4, 16), speculation=Speculation("cost"))
@@ -89,7 +89,7 @@ def _compiled(eager: Decoder, nodes: tuple[int, ...]) -> dict[str, Pair]:
         ALONE: (Decoder(compiling), "exact"),
         "compiled, n-gram": (Decoder(compiling, NGramDrafter(), chain), "exact"),
         "compiled, head, exact": (Decoder(compiling, drafter, policy), "exact"),
-        f"compiled, head, {policy.rule('mars').label}": (Decoder(compiling, drafter, policy), "mars"),
+        f"compiled, head, {policy.rule('mars').guarded}": (Decoder(compiling, drafter, policy), "mars"),
     }
     for size in nodes:
         larger = replace(policy, tree=TreeShape(4, 4, size))

@@ -157,19 +157,11 @@ class Point:
         return (bounds[1] if bounds else ratio) < 1
 
     @property
-    def guarded(self) -> str:
-        """The rule with its guards, in words."""
-        guards = [f"rank {self.rule.rank}"] if self.rule.rank > 2 else []
-        most = {"a round": self.rule.per_round, "a request": self.rule.per_request, "nats a request": self.rule.regret}
-        guards += [f"{value:g} {what}" for what, value in most.items() if value < float("inf")]
-        return ", ".join([self.rule.label, *guards])
-
-    @property
     def label(self) -> str:
         """Rule, tree and schedule in words."""
         shape = f"depth {self.shape.depth}, top-k {self.shape.top_k}, {self.shape.nodes} nodes"
         shape += f" and {self.shape.copied} copied" if self.shape.copied else ""
-        return ", ".join([self.guarded, shape, *([self.schedule] if self.schedule != "fixed" else [])])
+        return ", ".join([self.rule.guarded, shape, *([self.schedule] if self.schedule != "fixed" else [])])
 
     def apply(self, policy: Policy) -> Policy:
         """The policy with this point's tree and schedule, and its rule as the relaxed one if it is one."""
@@ -180,7 +172,7 @@ class Point:
         """As the report and `decode.json` have it."""
         return {
             "label": self.label,
-            "rule": self.guarded,
+            "rule": self.rule.guarded,
             "tree": f"{self.shape.depth}/{self.shape.top_k}/{self.shape.nodes}+{self.shape.copied}",
             "schedule": self.schedule,
             "tokens_per_second": round(self.speed, 2),

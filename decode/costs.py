@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from slipstream.configs.progress import progress
+from slipstream.decode.cache import fixed_capacity
 from slipstream.decode.engine import Decoder
 from slipstream.decode.recorder import Observer
 from slipstream.decode.speculation import Speculation
 from slipstream.decode.tree import TreeShape
+from slipstream.distill.compilation import SIZES
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -92,8 +94,8 @@ class CostProbe:
 
     def __init__(self, decoder: Decoder, prompts: Sequence[Tensor]) -> None:
         self._decoder = decoder
-        by_length = sorted(prompts, key=lambda ids: ids.shape[1])
-        self._ends = by_length[0], by_length[-1]
+        sizes = {fixed_capacity(ids.shape[1] + _TOKENS + SIZES[-1]): ids for ids in prompts}
+        self._one_each = list(sizes.values())  # of each size of cache
         self._prompts = itertools.cycle(prompts)
         self._forget()
 
@@ -112,7 +114,7 @@ class CostProbe:
         """
         how = self._decoder.target.compiled
         if how is not None and how.static:
-            for prompt, (shape, rule) in itertools.product(self._ends, self._clocks):
+            for prompt, (shape, rule) in itertools.product(self._one_each, self._clocks):
                 self._run(shape, rule, _TOKENS, prompt=prompt)
         else:
             self._run(PROBES[-1], "mars", _WARM)

@@ -78,12 +78,13 @@ def apart(results: dict[str, Any]) -> list[Row]:
 
 
 def rule_name(row: Row) -> str:
-    """A rule as people read it, with a relaxed one's threshold and price, and its draft and batch where they tell it apart."""
+    """A rule as people read it, with what a relaxed one lets pass, and its draft and batch where they tell it apart."""
     name, verifier, batch = str(NAMES.get(row["rule"], row["rule"])), row.get("verifier"), row.get("batch_size", 1)
     settings = []
     if row["rule"] == "mars" and verifier:
-        price = f"price {verifier['price']:g}" if verifier.get("price") else None
-        settings = [f"{verifier['signal']} {verifier['threshold']:g}", price]
+        further = {"rank": verifier.get("rank", 2) > 2, "price": verifier.get("price")}
+        settings = [f"{verifier['signal']} {verifier['threshold']:g}"]
+        settings += [f"{name} {verifier[name]:g}" for name, there in further.items() if there]
     return ", ".join(filter(None, (name, *settings, row.get("draft"), f"batch {batch}" if batch > 1 else None)))
 
 

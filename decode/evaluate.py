@@ -232,10 +232,13 @@ def warm_up(
     """Answer batches of prompt rows as `answer_batch` does, uncounted, before anything is timed.
 
     A few tokens of the first one are enough, unless every size of tree and cache has a graph of its own to record: then all
-    are answered, in full.
+    that run through graphs, the single prompts of ours, are answered in full.
     """
-    if decoder.target.compiled is not None and decoder.target.compiled.static:
-        for rows in batches:
+    how = decoder.target.compiled
+    graphs = how is not None and how.static and rule != "autoregressive"
+    alone = [rows for rows in batches if len(rows) == 1]
+    if graphs and alone:
+        for rows in alone:
             answer_batch(decoder, rule, rows, max_new_tokens=max_new_tokens, **options)
     else:
         opening = [{**row, "turns": row["turns"][:1]} for row in batches[0]]

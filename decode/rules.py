@@ -73,8 +73,8 @@ def admit(
             relaxed &= (hits == 0).gather(1, tree.parents)
         if never_relax is not None and len(never_relax):
             relaxed &= ~_among(tree.tokens, never_relax) & ~_among(above, never_relax)
-        if processed is not None:  # rules look at raw logits, where a forbidden token may be the runner-up
-            relaxed &= processed.own > -math.inf
+        # Rules look at raw logits, where a forbidden token may be the runner-up; greedily it would cost infinitely much.
+        relaxed &= (evidence if processed is None else processed).own > -math.inf
         relaxed[:, 0] = False
     if processed is not None:
         alone = _one_each(tree.parents, exact | relaxed, evidence.own)
@@ -88,7 +88,8 @@ def admit(
         used = to_device([[s.relaxed, s.regret] for s in spent], lines.device, torch.float64)
         reached &= (count <= verifier.per_round) & (count + used[:, :1] <= verifier.per_request)
         reached &= (cost + used[:, 1:] <= verifier.regret) | (count == 0)
-        for value in (depths - verifier.price * cost, -count, -cost):
+        worth = depths - verifier.price * cost if processed is None else depths
+        for value in (worth, -count, -cost):
             value = value.masked_fill(~reached, -math.inf)
             reached = reached & (value == value.max(1, keepdim=True).values)
     else:

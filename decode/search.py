@@ -65,6 +65,7 @@ def predict(
         SlipstreamError: If the trace cannot tell.
     """
     chunks, length = list(trace.rounds()), trace.mean_tokens()
+    rules = [rule for rule in rules if rule.rank <= trace.header.top]  # as far down as the trace goes
     for shape in shapes:
         check(trace.header, Verifier(), shape)
     trees = {shape: [cut(rounds, trace.header.tree, shape)[0] for rounds in chunks] for shape in shapes}

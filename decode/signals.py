@@ -40,14 +40,22 @@ def fires(
         tree: N nodes per row.
         evidence: Of the raw logits.
         processed: Of those after the processors; None where there are none.
-        price: Tokens that a nat must bring, of a token that brings no more than itself.
+        price: Tokens that a nat of the raw logits must bring, of a token that brings no more than itself.
     """
+
+    def at_parents(z: Evidence, count: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The largest logit, the one that is judged beside it, and the `count`-th largest, [B, N] each."""
+        best = z.best(count)
+        best = best.gather(1, tree.parents[:, :, None].expand_as(best))
+        return best[..., 0], torch.minimum(z.own, best[..., 1]), best[..., -1]
+
     z = processed if signal == "odds" and processed is not None else evidence
-    own, best = z.own, z.best(rank)
-    best = best.gather(1, tree.parents[:, :, None].expand_as(best))  # [B, N, rank], at the parents
-    top, judged = best[..., 0], torch.minimum(own, best[..., 1])
-    passes = near_top(signal, threshold, top, judged) & (own >= best[..., -1])
-    return passes & (price * (top - judged) <= 1) if price else passes
+    top, judged, last = at_parents(z, rank)
+    passes = near_top(signal, threshold, top, judged) & (z.own >= last)
+    if price:
+        top, judged, _ = at_parents(evidence, 2)
+        passes &= price * (top - judged) <= 1
+    return passes
 
 
 def signal_samples(

@@ -118,9 +118,17 @@ class Verifier:
         }
         return self.rule + settings.get(self.rule, "")
 
+    @property
+    def guarded(self) -> str:
+        """The rule with its rank and guards, in words."""
+        guards = [f"rank {self.rank}"] if self.rank > 2 else []
+        most = {"a round": self.per_round, "a request": self.per_request, "nats a request": self.regret}
+        guards += [f"{value:g} {what}" for what, value in most.items() if value < math.inf]
+        return ", ".join([self.label, *guards])
+
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready: infinite budgets are null."""
-        return {k: None if v == math.inf else v for k, v in asdict(self).items()}
+        """JSON-ready: infinite budgets are null, and a price of 0 is left out, as it was before there were prices."""
+        return {k: None if v == math.inf else v for k, v in asdict(self).items() if k != "price" or v}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Verifier:

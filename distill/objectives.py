@@ -104,7 +104,7 @@ def _at_acceptable(values: Tensor, teacher: Teacher) -> Tensor:
 def margin_mass(draft_logits: Tensor, teacher: Teacher) -> Tensor:
     """`-log q(R)`, R the tokens that the relaxed rule would accept: the top one, and the runner-up where it passes, [R].
 
-    Ours; judged against plain KL at the same budget in docs/studies.md. As under every objective, rows whose top token
+    Ours; judged against plain KL at the same budget in docs/benchmarks.md. As under every objective, rows whose top token
     is not in the draft vocabulary do not count.
     """
     log_q = torch.log_softmax(draft_logits.float(), -1)

@@ -270,7 +270,7 @@ def relaxing(*turns):
 def test_only_guards_that_an_answer_ran_into_are_tried(turns, guards):
     point = Point(FEW[0], Verifier("mars", "margin", 2.0, rank=3), 1.0, 1.0, 0.0, 0.0, records=[relaxing(*turns)])
     tried = tuning._guarded(point)
-    assert [p.guarded for p in tried] == [f"mars margin 2, rank 3, {guard}" for guard in guards]
+    assert [p.rule.guarded for p in tried] == [f"mars margin 2, rank 3, {guard}" for guard in guards]
     assert {p.shape for p in tried} <= {point.shape}
 
 

@@ -350,6 +350,33 @@ def test_a_price_passes_over_an_exact_child_for_a_longer_path_that_is_worth_it()
         ).paths == [kept]
 
 
+@pytest.mark.parametrize("signal", ["margin", "odds"])
+def test_at_a_temperature_a_price_does_not_look_at_what_follows(signal):
+    """A token at its very price passes, whether or not the draw below it hits a draft; its regret is of the raw logits."""
+    z = torch.tensor([[[0.0, 5.0, 4.5, 4.0]] * 3])
+    tree = make_tree(torch.tensor([[0, 2, 1]]), torch.tensor([[0, 0, 1]]), torch.zeros(1, 3), levels=2)
+    theta = {"margin": 2.0, "odds": 0.1}[signal]
+    for price, passes in ((2.0, True), (2.1, False)):
+        for below in (0, 1):  # the draw after the relaxed token: no draft, or the one that stands there
+            cold = torch.full((1, 3, 4), -1e9)
+            cold[0, :, 2] = 0.0  # what odds look at: 2 is as likely as the draw of the root
+            cold[0, 0, 1] = 1e-3
+            cold[0, 1], cold[0, 1, below] = -1e9, 0.0
+            rule, tags = Verifier("mars", signal, theta, price=price), set()
+            for seed in range(8):
+                generator = torch.Generator().manual_seed(seed)
+                tags.add(verify(rule, tree, z, processed=cold, generators=[generator]).tokens[0][0].tag)
+            assert tags == {"exact", "relaxed" if passes else "bonus"}  # exact where the draw at the root was 2 itself
+
+
+def test_what_is_forbidden_is_not_relaxed_to_and_spoils_nothing():
+    z = torch.tensor([[[0.0, 5.0, 4.5, -math.inf]] * 3])
+    tree = make_tree(torch.tensor([[0, 1, 3]]), torch.tensor([[0, 0, 0]]), torch.zeros(1, 3), levels=1)
+    assert verify(Verifier("lenience", leniency=0.0), tree, z).paths == [[0, 1]]
+    lone = make_tree(torch.tensor([[0, 3, 1]]), torch.tensor([[0, 0, 1]]), torch.zeros(1, 3), levels=2)
+    assert verify(Verifier("mars", "odds", 0.0, rank=4), lone, z).paths == [[0]]
+
+
 def test_special_tokens_and_spent_budgets_are_never_relaxed():
     logits = [10.0, 9.5, 1.0, 0.0]
     assert _node(logits, 1, Verifier("mars"), never=[1])[0] == [0]
@@ -383,8 +410,9 @@ def test_a_rule_out_of_range_is_refused(settings, message):
 
 
 def test_a_verifier_survives_json_and_names_unknown_keys():
-    rule = Verifier("mars", "margin", 0.7, regret=3.0)
-    assert Verifier.from_dict(rule.to_dict()) == rule
+    for rule in (Verifier("mars", "margin", 0.7, regret=3.0), Verifier("mars", "margin", 0.7, price=2.0)):
+        assert Verifier.from_dict(rule.to_dict()) == rule
+    assert "price" not in Verifier("mars").to_dict()  # what was written before there were prices stays what it is
     with pytest.raises(SlipstreamError, match="did you mean 'threshold'"):
         Verifier.from_dict({"treshold": 1})
 

@@ -197,7 +197,8 @@ class Launch:
             loss: This process's part of the step's loss, no graph behind it.
 
         Returns:
-            The gradients' norm before clipping; NaN, and nothing was stepped, where it or the loss is not finite.
+            The gradients' norm before clipping. Where the loss is not finite NaN, and nothing was stepped; where only the norm
+            is not, nothing was stepped but under DeepSpeed, which steps before it tells.
         """
         for optimizer, share in zip(self.optimizers, self.shares, strict=True):
             for group in optimizer.param_groups:
@@ -230,7 +231,16 @@ class Launch:
     def _require_finite(self) -> None:
         """Make sure that there are weights worth keeping, on all processes alike."""
         cut = self.deepspeed and self.module.zero_optimization_partition_weights()
-        own = [p.ds_tensor if cut else p.to_local() if isinstance(p, DTensor) else p for p in self.module.parameters()]
+        place = self.accelerator.process_index
+
+        def here(p: Any) -> Tensor:
+            """What this process holds of a weight; ZeRO-3 fills the parts up with whatever lay there."""
+            if not cut:
+                return p.to_local() if isinstance(p, DTensor) else p
+            part: Tensor = p.ds_tensor
+            return part[: max(0, min(part.numel(), p.ds_numel - place * part.numel()))]
+
+        own = [here(p) for p in self.module.parameters()]
         bad = torch.stack([~torch.isfinite(x.detach()).all() for x in own]).any()
         if self.sum(bad.float()):
             raise SlipstreamError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import time
@@ -96,7 +97,7 @@ def _token_rows(recipe: Recipe) -> Dataset:
 
 def _machine(recipe: Recipe, out: Path, card: Sequence[float]) -> Machine:
     """This machine, as the launch shares it out; or cards of so many GB and TFLOP/s."""
-    if card and (len(card) not in (2, 3) or min(card) <= 0 or card[2:] != [int(n) for n in card[2:]]):
+    if card and (len(card) not in (2, 3) or not all(0 < n < math.inf for n in card) or any(n % 1 for n in card[2:])):
         raise SlipstreamError(
             "--card takes the GB and the TFLOP/s of a card, such as --card 80 400, and for target.device_map how many a "
             "process has: --card 80 400 8"
