@@ -13,9 +13,8 @@ from pathlib import Path
 import torch
 from jsonargparse import auto_cli
 
-CARD = {
-    "TORCH_CUDNN_SDPA_DEPRIORITIZED": "1"
-}  # for all alike: cuDNN builds a plan for every new number of queries and keys
+# For all alike: cuDNN builds a plan for every new number of queries and keys.
+CARD = {"TORCH_CUDNN_SDPA_DEPRIORITIZED": "1"}
 
 
 def commands(draft: str, target: str, compiled: bool, limit: int) -> list[list[str]]:

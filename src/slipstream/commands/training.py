@@ -136,7 +136,7 @@ def train(
     from slipstream.decode.card import write_card
     from slipstream.distill.adapters import add_lora
     from slipstream.distill.gguf import EMBEDDED, EMBEDDED_LICENSE
-    from slipstream.distill.heads import describe_target, new_head, read_provenance, save_head
+    from slipstream.distill.heads import describe_target, new_head, save_head
     from slipstream.distill.objectives import weighted
     from slipstream.distill.store import Store
     from slipstream.distill.target import load_target
@@ -144,12 +144,7 @@ def train(
     from slipstream.train.trainer import Trainer
 
     weighted(recipe.distill.objectives)  # fails before anything runs
-    if (out / "draft" / "model.safetensors").is_file():
-        trained = read_provenance(out / "draft").get("recipe")
-        if trained is None:
-            raise SlipstreamError(f"{out / 'draft'} holds a head whose recipe nobody wrote down; give another --out")
-        if Recipe.written(trained, out / "draft" / "provenance.json") != recipe.to_dict():
-            raise SlipstreamError(f"{out} holds a head of another recipe; give another --out")
+    if _finished(recipe, out):
         print(f"this run is finished; nothing was changed. Draft head: {out / 'draft'}", file=sys.stderr)
         return
     require_writable(out, 500)
@@ -192,3 +187,22 @@ def train(
         save_head(trained, out / "draft", provenance)
         write_card(out / "draft", target.name, license=EMBEDDED_LICENSE if target.name == EMBEDDED else None)
         print(f"draft head: {out / 'draft'}", file=sys.stderr)
+
+
+def _finished(recipe: Recipe, out: Path) -> bool:
+    """Whether a run's folder holds its head already.
+
+    Raises:
+        SlipstreamError: If it is the head of another recipe, or of one that nobody wrote down.
+    """
+    from slipstream.distill.heads import read_provenance
+
+    draft = out / "draft"
+    if not (draft / "model.safetensors").is_file():
+        return False
+    trained = read_provenance(draft).get("recipe")
+    if trained is None:
+        raise SlipstreamError(f"{draft} holds a head whose recipe nobody wrote down; give another --out")
+    if Recipe.written(trained, draft / "provenance.json") != recipe.to_dict():
+        raise SlipstreamError(f"{out} holds a head of another recipe; give another --out")
+    return True
