@@ -19,7 +19,7 @@ from jsonargparse import auto_cli
 
 from slipstream.configs.recipe import DataSettings, DistillSettings, HeadSettings
 from slipstream.data import batches
-from slipstream.data.batches import POOL, STEP, Batches
+from slipstream.data.batches import MULTIPLE, POOL, Batches
 from slipstream.data.conversations import load
 from slipstream.distill.gguf import EMBEDDED
 from slipstream.distill.heads import new_head
@@ -63,7 +63,7 @@ def trained(module: Distillation, batches: Batches) -> float:
     return float(batches.lengths.sum() / (time.perf_counter() - begun))
 
 
-KINDS = {"to the longest": (1, False), f"to a multiple of {STEP}": (STEP, False), "packed": (STEP, True)}
+KINDS = {"to the longest": (1, False), f"to a multiple of {MULTIPLE}": (MULTIPLE, False), "packed": (MULTIPLE, True)}
 
 
 def compared(rounds: int, conversations: int) -> None:
@@ -81,7 +81,7 @@ def compared(rounds: int, conversations: int) -> None:
         tokens = load(DataSettings(max_length=max_length), target.chat_tokenizer).select(range(conversations))
         speeds = np.empty((rounds, len(KINDS)))
         for turn in range(rounds):
-            for place, (batches.STEP, packed) in enumerate(KINDS.values()):
+            for place, (batches.MULTIPLE, packed) in enumerate(KINDS.values()):
                 speeds[turn, place] = trained(module, Batches(tokens, batch_tokens, turn, packed=packed))
         cells = []
         for own in speeds.T:

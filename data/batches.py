@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 POOL = 64  # conversations of a pool of this many batches are sorted by length
-STEP = 32  # lengths of padded batches are multiples of this, where there is room
+MULTIPLE = 32  # lengths of padded batches are multiples of this, where there is room
 
 
 class Batch(NamedTuple):
@@ -112,7 +112,7 @@ class Batches:
         """
         longest = int(self.lengths[rows].max())
         most = min(self.batch_tokens // len(rows), int(self.lengths.max()))  # the longest of all fits every target
-        return max(longest, min(-(-longest // STEP) * STEP, most))
+        return max(longest, min(-(-longest // MULTIPLE) * MULTIPLE, most))
 
     def __getitem__(self, index: int) -> Batch:
         rows = self.rows(index)

@@ -67,10 +67,12 @@ class UnrollAttention:
     Args:
         starts: Where each row's conversation begins, [1, L], where several stand one behind the other: step 0's keys before
             it are not seen. None where all are one.
+        rows: Those of [B, L], counted through, that steps 1.. are taken at, [R], ascending; None where at all of them.
     """
 
-    def __init__(self, starts: Tensor | None = None) -> None:
+    def __init__(self, starts: Tensor | None = None, rows: Tensor | None = None) -> None:
         self._texts = [slice(None)] if starts is None else spans(starts)
+        self._rows = rows
         self._steps: dict[int, list[tuple[Tensor, Tensor]]] = {}  # keys and values of a layer
 
     @torch.compiler.disable  # keeps a state, and its texts are of many lengths
@@ -78,8 +80,8 @@ class UnrollAttention:
         """Attend from step `len(calls of this layer so far)`.
 
         Args:
-            query: [B, heads, L, d].
-            key: [B, groups, L, d]; each serves heads / groups heads in a row.
+            query: [B, heads, L, d]; behind step 0, where `rows` were named, [1, heads, R, d].
+            key: [B, groups, L, d], or [1, groups, R, d]; each serves heads / groups heads in a row.
             value: Likewise.
             layer: Whose keys these are.
         """
@@ -88,7 +90,7 @@ class UnrollAttention:
         steps.append((key, value))
         kernel = _TorchKernel if has_amx(query) else _BlockKernel
         keys, values = zip(*steps, strict=True)
-        out: Tensor = _Merged.apply(kernel, self._texts, query, *keys, *values)
+        out: Tensor = _Merged.apply(kernel, self._texts, self._rows if len(steps) > 1 else None, query, *keys, *values)
         return out
 
 
@@ -165,12 +167,16 @@ class _Merged(torch.autograd.Function):
     """Softmax attention over a text's causal keys and any number of each row's own."""
 
     @staticmethod
-    def forward(ctx: Any, kernel: type[_Kernel], texts: list[slice], query: Tensor, *cached: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, kernel: type[_Kernel], texts: list[slice], rows: Tensor | None, query: Tensor, *cached: Tensor
+    ) -> Tensor:
         key, *keys = cached[: len(cached) // 2]
         value, *values = cached[len(cached) // 2 :]
-        out, total = torch.empty_like(query), query.new_empty(query.shape[:-1], dtype=torch.float32)
+        whole = _spread(query, rows, key)
+        out, total = torch.empty_like(whole), whole.new_empty(whole.shape[:-1], dtype=torch.float32)
         for at in texts:
-            out[:, :, at], total[:, :, at] = kernel.forward(query[:, :, at], key[:, :, at], value[:, :, at])
+            out[:, :, at], total[:, :, at] = kernel.forward(whole[:, :, at], key[:, :, at], value[:, :, at])
+        out, total = _gathered(out, rows), _gathered(total, rows)
         if keys:
             own = torch.stack([_own_scores(query, key) for key in keys])  # [k, B, heads, L]
             causal, total = total, torch.logaddexp(total, own.logsumexp(0))
@@ -179,7 +185,7 @@ class _Merged(torch.autograd.Function):
                 weight = (score - total).exp().to(out.dtype)
                 _grouped(out, value).add_(_grouped(weight[..., None], value) * value[:, :, None])
         ctx.save_for_backward(query, out, total, *cached)
-        ctx.kernel, ctx.texts = kernel, texts
+        ctx.kernel, ctx.texts, ctx.rows = kernel, texts, rows
         return out
 
     @staticmethod
@@ -187,15 +193,18 @@ class _Merged(torch.autograd.Function):
         query, out, total, *cached = ctx.saved_tensors
         key, *keys = cached[: len(cached) // 2]
         value, *values = cached[len(cached) // 2 :]
-        down, grad_key, grad_value = (torch.empty_like(x) for x in (query, key, value))
+        whole = [_spread(x, ctx.rows, key) for x in (grad, query, out, total)]  # rows that are none give no gradient
+        down, grad_key, grad_value = (torch.empty_like(x) for x in (whole[1], key, value))
         for at in ctx.texts:
-            parts = ctx.kernel.backward(*(x[:, :, at] for x in (grad, query, key, value, out, total)))
+            slope, asked, *rest = (x[:, :, at] for x in whole)
+            parts = ctx.kernel.backward(slope, asked, key[:, :, at], value[:, :, at], *rest)
             down[:, :, at], grad_key[:, :, at], grad_value[:, :, at] = parts
+        down = _gathered(down, ctx.rows)
         grad_keys, grad_values = [grad_key], [grad_value]
         if keys:
             scale = query.shape[-1] ** -0.5
             delta = (grad * out).sum(-1, dtype=torch.float32)
-            slope, query = _grouped(grad, key), _grouped(query, key)
+            slope, query = _grouped(grad, keys[0]), _grouped(query, keys[0])
             for key, value in zip(keys, values, strict=True):
                 weight = (_own_scores(query.flatten(1, 2), key) - total).exp()
                 back = (slope * value[:, :, None]).sum(-1, dtype=torch.float32).flatten(1, 2)
@@ -204,7 +213,22 @@ class _Merged(torch.autograd.Function):
                 _grouped(down, key).add_(back * key[:, :, None])
                 grad_keys.append((back * query).sum(2))
                 grad_values.append((weight * slope).sum(2))
-        return None, None, down, *grad_keys, *grad_values
+        return None, None, None, down, *grad_keys, *grad_values
+
+
+def _spread(x: Tensor, rows: Tensor | None, like: Tensor) -> Tensor:
+    """What is known of some rows of [B, L], [1, heads, R, ..], as [B, heads, L, ..] of a tensor like that; 0 elsewhere."""
+    if rows is None:
+        return x
+    batch, _, length, _ = like.shape
+    whole = x.new_zeros(batch * length, x.shape[1], *x.shape[3:])
+    whole[rows] = x[0].transpose(0, 1)
+    return whole.unflatten(0, (batch, length)).transpose(1, 2)
+
+
+def _gathered(x: Tensor, rows: Tensor | None) -> Tensor:
+    """Some rows of [B, heads, L, ..], as [1, heads, R, ..]; its inverse."""
+    return x if rows is None else x.transpose(1, 2).flatten(0, 1)[rows].transpose(0, 1)[None]
 
 
 def _grouped(x: Tensor, shared: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from slipstream.distill.largest import Largest
-from slipstream.distill.objectives import Teacher
+from slipstream.distill.objectives import Teacher, forward_kl
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -17,15 +17,16 @@ if TYPE_CHECKING:
     from slipstream.distill.relaxation import Relaxation
 
 PART = 1024
-TEACHER_GROUP = 4  # chunks whose logits the target's output layer gives at once
+TEACHER_GROUP = 8  # chunks whose logits the target's output layer gives at once
 
 
 class Sizes(NamedTuple):
     """How much is computed at once.
 
     Attributes:
-        chunk: Logits of the draft.
-        group: Rows whose slopes become gradients together: adding to a matrix as large as lm_head is not free.
+        chunk: Logits of the draft that are compared with the teacher, in fp32.
+        group: Rows whose logits are made, and whose slopes become gradients, together: to read and to add to a matrix as
+            large as lm_head is not free.
         teacher: Logits of the target, in fp32.
     """
 
@@ -36,7 +37,7 @@ class Sizes(NamedTuple):
 
 def sizes(device: str) -> Sizes:
     """On a CPU what stays in its cache in fp32; elsewhere more, as every chunk is a dozen launches."""
-    return Sizes(2**20, 512, 3 * 2**20) if device == "cpu" else Sizes(2**26, 4096, 2**26)
+    return Sizes(2**20, 1024, 3 * 2**20) if device == "cpu" else Sizes(2**26, 4096, 2**26)
 
 
 def part_size(vocabulary: int, device: str) -> int:
@@ -82,6 +83,67 @@ def teach(
     return Teacher(inside, argmax, membership[argmax], place[tokens.clamp(min=0)].where(known, -1))
 
 
+class _Autograd:
+    """Any objective at a chunk of rows, and its slopes by autograd.
+
+    Args:
+        teacher: Of T positions.
+        objective: Gives one value per row.
+    """
+
+    def __init__(self, teacher: Teacher, objective: Callable[[Tensor, Teacher], Tensor]) -> None:
+        self._teacher = teacher
+        self._objective = objective
+
+    def __call__(self, logits: Tensor, top: Tensor, place: Tensor, rows: Tensor, scale: Tensor | None) -> Tensor:
+        """Values of the objective, [r].
+
+        Args:
+            logits: Of the draft, [r, Vd]; unless `scale` is None, the slopes of the weighted sum come in their place.
+            top: The largest of each row, [r].
+            place: And where it stands, [r].
+            rows: Whose teacher is each row's, [r].
+            scale: Weights of the rows, [r]; 0 where one does not count.
+        """
+        asked = self._teacher.take(rows)
+        if scale is None:
+            return self._objective(logits, asked)
+        leaf = logits.detach().requires_grad_()
+        with torch.enable_grad():
+            loss = self._objective(leaf, asked)
+            scaled = (loss * scale).where(scale > 0, 0.0).sum()
+        logits.copy_(*torch.autograd.grad(scaled, leaf))
+        return loss.detach()
+
+
+class _ForwardKL(_Autograd):
+    """`forward_kl` with the slopes written out, q - p: a few passes over numbers in memory that is taken once.
+
+    Args:
+        teacher: Of T positions.
+        size: Rows of a chunk, at most.
+    """
+
+    def __init__(self, teacher: Teacher, size: int) -> None:
+        super().__init__(teacher, forward_kl)
+        vocabulary, device = teacher.inside.shape[1], teacher.inside.device
+        self._scratch = torch.empty(3, size, vocabulary, dtype=torch.float32, device=device)
+
+    def __call__(self, logits: Tensor, top: Tensor, place: Tensor, rows: Tensor, scale: Tensor | None) -> Tensor:
+        p, q, z = self._scratch[:, : len(rows)]
+        p.copy_(self._teacher.inside.index_select(0, rows))
+        z.copy_(logits)
+        torch.softmax(z, -1, out=q)
+        likeliest, inside = q.gather(-1, place[:, None]).squeeze(-1), p.sum(-1)
+        mass = inside.clamp(min=1e-9)
+        share = inside / mass  # 0 where the whole of p lies outside
+        loss = share * (top.float() - likeliest.log()) - z.mul_(p).sum(-1) / mass
+        if scale is not None:
+            slopes = q.mul_((scale * share)[:, None]).addcmul_(p, (scale / mass)[:, None], value=-1)
+            logits.copy_(slopes)
+        return loss
+
+
 class _ChunkedLoss(torch.autograd.Function):
     """An objective over rows; gradients are made chunk by chunk on the way forward (as Liger's fused losses)."""
 
@@ -106,26 +168,23 @@ class _ChunkedLoss(torch.autograd.Function):
             for x, needed in zip((hidden, output), ctx.needs_input_grad, strict=False)
         ]
         chunk, most, _ = sizes(kind)
-        slopes = torch.empty(min(most, len(x)) if wanted else 0, len(weight), dtype=dtype, device=x.device)
+        buffer = torch.empty(min(most, len(x)), len(weight), dtype=dtype, device=x.device)  # of logits, then of slopes
         size, share = max(1, chunk // len(weight)), part_size(len(weight), kind)
+        compare = _ForwardKL(teacher, size) if objective is forward_kl else _Autograd(teacher, objective)
         for first in range(0, len(x), most):
             group = x[first : first + most]
+            slopes = torch.mm(group, weight.T, out=buffer[: len(group)])
             for start in range(0, len(group), size):
-                logits = torch.mm(group[start : start + size], weight.T)
-                at = slice(first + start, first + start + len(logits))
-                guess[at] = Largest(logits).first()[1]
-                with torch.set_grad_enabled(wanted):
-                    loss = objective(logits.requires_grad_(wanted), teacher.take(rows[at]))
-                    scaled = (loss * scale[at]).where(scale[at] > 0, 0.0).sum()
-                losses[at] = loss.detach()
-                if wanted:
-                    (slopes[start : start + len(logits)],) = torch.autograd.grad(scaled, logits)
+                at = slice(first + start, first + min(start + size, len(group)))
+                logits = slopes[start : start + size]
+                top, guess[at] = Largest(logits).first()
+                losses[at] = compare(logits, top, guess[at], rows[at], scale[at] if wanted else None)
             if ctx.grads[0] is not None:
-                ctx.grads[0][first : first + len(group)] = torch.mm(slopes[: len(group)], weight)
+                ctx.grads[0][first : first + len(group)] = torch.mm(slopes, weight)
             if ctx.grads[1] is not None:
                 for start in range(0, len(weight), share):
                     part = slice(start, start + share)
-                    ctx.grads[1][part] += torch.mm(slopes[: len(group), part].T, group)
+                    ctx.grads[1][part] += torch.mm(slopes[:, part].T, group)
         losses.masked_fill_(scale == 0, 0.0)
         ctx.mark_non_differentiable(losses, guess)
         return (losses * scale).sum(), losses, guess

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import smooth_l1_loss
 
 from slipstream.configs.errors import SlipstreamError
+from slipstream.data.batches import MULTIPLE
 from slipstream.distill.attention import UnrollAttention
 from slipstream.distill.loss import head_loss, teach
 from slipstream.distill.objectives import MARGIN_AWARE, weighted
@@ -98,7 +99,7 @@ def unroll(
     steps, (batch, length) = len(scale), input_ids.shape
     device = input_ids.device
     valid = _labelled(mask, starts, steps).flatten(1)
-    rows = valid[0].nonzero().squeeze(1)
+    rows = _filled_up(valid[0]).nonzero().squeeze(1)
     valid = valid[:, rows]  # [K, R], as all that follows
     # Teacher rows: token p+2+k is predicted by the target's logits at p+1+k, for all k.
     at = torch.arange(length, device=device) - (0 if starts is None else starts)  # [L], or [1, L]
@@ -114,17 +115,19 @@ def unroll(
     features = _noised(captured.features.to(head.fc.weight.dtype), noise, generator)
     embedded = head.embed(target.embeddings(input_ids).to(device))
     hidden = head.fuse(features).to(embedded.dtype)  # under autocast too the residual stream keeps its precision
-    attend = UnrollAttention(starts)
     row_b, row_p = rows // length, rows % length
     position = row_p + 1 + torch.arange(steps, device=device)[:, None]  # the target's row that predicts the same token
     pick = index[row_b, position.clamp(max=length - 1)].where(valid, 0)
-    outputs = []
-    for k in range(steps):
-        embedding = _shift(embedded, 1 + k)
-        if k and head.config.kind == "parallel":
-            embedding, hidden = head.masks(batch, length)
-        hidden = head(embedding, hidden, (at + k).expand(batch, -1), attend)
-        outputs.append(hidden[row_b, row_p])
+    # The first step's keys are looked at from other rows too; what later ones make of a row, it alone looks at.
+    attend, at = UnrollAttention(starts, rows), at.expand(batch, -1)
+    outputs = [head(_shift(embedded, 1), hidden, at, attend).flatten(0, 1).index_select(0, rows)]
+    for k in range(1, steps):
+        if head.config.kind == "parallel":
+            embedding, hidden = head.masks(1, len(rows))
+        else:
+            ahead = row_b * length + (row_p + 1 + k).clamp(max=length - 1)
+            embedding, hidden = embedded.flatten(0, 1).index_select(0, ahead)[None], outputs[-1][None]
+        outputs.append(head(embedding, hidden, at.flatten()[rows][None] + k, attend)[0])
     counted = valid & teacher.covered[pick]
     output = torch.stack(outputs)
     weights = counted * scale[:, None]
@@ -138,7 +141,15 @@ def unroll(
     survived = hits.cumprod(0)
     lasting = valid.all(0)
     hit = (survived * lasting).sum(1)
-    return Unrolled(total, losses.sum(1), counted.sum(1), hit, lasting.sum(), survived.sum(0), (row_b, row_p))
+    known = valid[0]
+    accepted, positions = survived.sum(0)[known], (row_b[known], row_p[known])
+    return Unrolled(total, losses.sum(1), counted.sum(1), hit, lasting.sum(), accepted, positions)
+
+
+def _filled_up(wanted: Tensor) -> Tensor:
+    """The rows wanted, bool [n], and as many others as make sizes that come again: a kernel is prepared for each."""
+    others = ~wanted
+    return wanted | (others & (others.cumsum(0) <= -int(wanted.sum()) % MULTIPLE))
 
 
 def _noised(features: Tensor, width: float, generator: torch.Generator | None) -> Tensor:

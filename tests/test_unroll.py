@@ -85,8 +85,9 @@ def naive(head, target, ids, mask, steps, objective):
 
 
 @pytest.mark.parametrize("kind", HEADS)
-@pytest.mark.parametrize("name", ["forward_kl", "lk_lambda"])
-def test_unroll_equals_a_naive_loop_over_rows_and_steps(name, kind):
+@pytest.mark.parametrize(("name", "multiple"), [("forward_kl", 1), ("lk_lambda", 32)])
+def test_unroll_equals_a_naive_loop_over_rows_and_steps(name, multiple, kind, monkeypatch):
+    monkeypatch.setattr("slipstream.distill.unroll.MULTIPLE", multiple)  # rows that count alone, or all of them
     target = tiny_target()
     head = tiny_head(target, **HEADS[kind])
     target = target.reading(head.layer_ids)
@@ -215,6 +216,40 @@ def test_gradients_of_the_chunked_loss_are_those_of_autograd(part, monkeypatch):
     (lk_lambda(head.logits(hidden), teacher) * teacher.covered).sum().backward()
     for name, parameter in head.named_parameters():
         torch.testing.assert_close(chunked[name], parameter.grad, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("rows", [3, 700])
+def test_forward_kl_written_out_is_that_by_autograd(rows, monkeypatch):
+    monkeypatch.setattr(loss, "sizes", lambda kind: loss.Sizes(90 * 16, 40, 2**20))
+    draw = torch.Generator().manual_seed(0)
+    p = torch.softmax(4 * torch.randn(20, 90, generator=draw), -1)
+    p = torch.cat(
+        [p * torch.linspace(0, 1, 20)[:, None], torch.eye(90)[:1]]
+    )  # some, or all, lies outside, or on one token
+    teacher = Teacher(p, p.argmax(-1), torch.ones(21, dtype=torch.bool))
+    which, scale = torch.arange(rows) % 21, torch.rand(rows, generator=draw) * (torch.arange(rows) % 4 > 0)
+    parts = [3 * torch.randn(rows, 12, generator=draw), torch.randn(90, 12, generator=draw)]
+    parts[0][0] *= 40  # logits in the hundreds
+    results = []
+    for objective in (forward_kl, lambda logits, teacher: forward_kl(logits, teacher)):
+        for wanted in (True, False):
+            hidden, output = (part.clone().requires_grad_(wanted) for part in parts)
+            total, losses, guess = loss._ChunkedLoss.apply(hidden, output, teacher, which, scale, objective)
+            gradients = torch.autograd.grad(total, (hidden, output)) if wanted else parts
+            results.append((total.detach(), losses, guess, *(results[0][3:] if not wanted else gradients)))
+    for other in results[1:]:
+        for mine, theirs in zip(results[0], other, strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_a_batch_without_a_label_teaches_nothing():
+    target = tiny_target()
+    head = tiny_head(target)
+    ids = torch.arange(3, 23)[None]
+    out = unroll(head, target, ids, torch.zeros_like(ids).bool(), scale=torch.ones(3), objective=forward_kl)
+    out.total.backward()
+    assert (out.total.item(), out.tried.item(), out.rows.tolist()) == (0.0, 0, [0, 0, 0])
+    assert all(p.grad is None or not p.grad.any() for p in head.parameters())
 
 
 def test_the_feature_weight_adds_smooth_l1_to_the_targets_own_state_of_the_predicted_token():

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from slipstream.distill.target import Target
 
 ANSWERS = 160  # rows that `slipstream regenerate` answers at once
-_OBJECTIVE = {"forward_kl": 5}  # tensors as large as a chunk's logits that it and its gradient make; others, 8
+_OBJECTIVE = {"forward_kl": 4}  # tensors as large as a chunk's logits that it and its gradient make; others, 8
 _SCORES = 4  # tensors as large as a block's scores that attention makes on the way back
 _STATE = {torch.optim.AdamW: 8, torch.optim.Muon: 4}  # bytes an optimizer keeps of a weight
 
