@@ -112,7 +112,8 @@ class _Autograd:
         with torch.enable_grad():
             loss = self._objective(leaf, asked)
             scaled = (loss * scale).where(scale > 0, 0.0).sum()
-        logits.copy_(*torch.autograd.grad(scaled, leaf))
+        (slopes,) = torch.autograd.grad(scaled, leaf)
+        logits.copy_(slopes)
         return loss.detach()
 
 
