@@ -22,7 +22,8 @@ def commands(draft: str, target: str, compiled: bool, limit: int) -> list[list[s
     shared = ["--draft", draft, "--target", target, "--device", "cuda"]
     decoding = ["decode.py", *shared, "--limit", str(limit), "--compiled", str(compiled).lower()]
     batches = [["batch.py", *shared, "--prompts", str(limit), "--batch", str(size)] for size in (4, 10)]
-    step = ["train.py", "--device", "cuda", "--lengths", "[2048]", "--random", "llama-8b", "--random_length", "2048"]
+    step = ["train.py", "--device", "cuda", "--lengths", "[2048]", "--repeats", "1"]
+    step += ["--random", "llama-8b", "--random_length", "2048"]
     return [decoding, *batches, step]
 
 

@@ -4,7 +4,8 @@
     python benchmarks/train.py --device cuda --lengths "[2048]" --random llama-8b --random_length 2048
 
 The plain one computes the target's logits everywhere, keeps the draft's logits of all unroll steps, attends densely
-([B, heads, L, L + k] scores that autograd holds) and takes a mean over the mask. Each measurement is a process of its own.
+([B, heads, L, L + k] scores that autograd holds) and takes a mean over the mask. Each measurement is a process of its own,
+and the two take turns.
 """
 
 from __future__ import annotations
@@ -28,7 +29,6 @@ from slipstream.distill.target import Target, load_target
 from slipstream.distill.unroll import Distillation, labelled_rows
 from slipstream.train.launch import keep_freed_memory
 
-STEPS = 3
 SHAPES = {  # of Llamas with random weights and the vocabulary of Llama 3: a small one, and Llama 3.1 itself
     "wide": {
         "hidden_size": 512,
@@ -54,8 +54,8 @@ def random_target(name: str, device: str) -> Target:
         return Target(AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16), name=name)
 
 
-def plain_loss(head: DraftHead, target: Target, ids: Tensor, mask: Tensor) -> Tensor:
-    """Forward KL over `STEPS` unroll steps, nothing saved: what a first implementation of the paper does."""
+def plain_loss(head: DraftHead, target: Target, ids: Tensor, mask: Tensor, steps: int) -> Tensor:
+    """Forward KL over some unroll steps, nothing saved: what a first implementation of the paper does."""
     out = target.forward(ids)
     teacher = torch.softmax(out.logits.float()[..., head.vocabulary()], -1)  # [B, L, Vd]
     keys: list[Tensor] = []
@@ -77,7 +77,7 @@ def plain_loss(head: DraftHead, target: Target, ids: Tensor, mask: Tensor) -> Te
     at = torch.arange(ids.shape[1], device=ids.device)
     embedded = head.embed(target.embeddings(ids))
     hidden, logits = head.fuse(out.features.float()), []
-    for step in range(STEPS):
+    for step in range(steps):
         hidden = head(embedded.roll(-1 - step, 1), hidden, (at + step).expand(len(ids), -1), attend)
         logits.append(torch.log_softmax(head.logits(hidden).float(), -1))
     loss = torch.zeros((), device=ids.device)
@@ -103,7 +103,7 @@ def _forget_peak(device: str) -> None:
         Path("/proc/self/clear_refs").write_text("5")
 
 
-def one(kind: str, case: str, length: int, rounds: int, device: str) -> None:
+def one(kind: str, case: str, length: int, steps: int, rounds: int, device: str) -> None:
     """One measurement, printed as JSON."""
     small = case == "smollm2"
     target = load_target("smollm2-135m-instruct", device=device) if small else random_target(case, device)
@@ -114,7 +114,7 @@ def one(kind: str, case: str, length: int, rounds: int, device: str) -> None:
     ids = torch.randint(100, last, (1, length), generator=torch.Generator().manual_seed(0)).to(device)
     mask = torch.ones_like(ids, dtype=torch.bool)
     mask[:, : length // 5] = False  # prompts
-    scale = torch.tensor([0.8**k for k in range(STEPS)], device=device) / labelled_rows(mask, STEPS).sum()
+    scale = torch.tensor([0.8**k for k in range(steps)], device=device) / labelled_rows(mask, steps).sum()
     if device == "cpu":
         keep_freed_memory()  # as a training does, for both
     _forget_peak(device)
@@ -126,7 +126,7 @@ def one(kind: str, case: str, length: int, rounds: int, device: str) -> None:
             loss, _ = module(ids, mask, scale, target.capture(ids))
         else:
             with torch.autocast(device, torch.bfloat16):
-                loss = plain_loss(head, target, ids, mask)
+                loss = plain_loss(head, target, ids, mask, steps)
         loss.backward()
         head.zero_grad()
         if device == "cuda":
@@ -143,7 +143,9 @@ def main(
     lengths: list[int] = [512, 1024, 2048, 4096],  # noqa: B006 (jsonargparse copies defaults)
     random: str = "wide",
     random_length: int = 1024,
+    steps: int = 7,
     rounds: int = 4,
+    repeats: int = 3,
     device: str = "cpu",
 ) -> None:
     """Print a Markdown table.
@@ -155,31 +157,39 @@ def main(
         lengths: Tokens of the one conversation of a batch, for SmolLM2.
         random: The other target, of random weights and a vocabulary of 128k: `wide`, or `llama-8b`, which wants a card.
         random_length: Tokens of its one conversation.
-        rounds: Steps; the first is not counted.
+        steps: Unroll steps; 7 in the paper (EAGLE-3).
+        rounds: Training steps of a measurement; the first is not counted.
+        repeats: Measurements of each of the two; the ratio is of two that follow one another.
         device: `cpu` or `cuda`, whose memory is then the one that counts.
     """
     if device == "cuda" and not torch.cuda.is_available():
         sys.exit("benchmarks/train.py --device cuda needs a CUDA device, and there is none")
     if kind is not None:
-        one(kind, case, length, rounds, device)
+        one(kind, case, length, steps, rounds, device)
         return
-    print(
-        "| target | length | plain, tokens/s | ours, tokens/s | ratio | plain, peak MB above the models | ours | ratio |"
+    columns = (
+        "target | length | plain, tokens/s | ours, tokens/s | ratio (all) | plain, peak MB above models | ours | ratio"
     )
-    print("|---|--:|--:|--:|--:|--:|--:|--:|")
+    print(f"| {columns} |\n|---{'|--:' * columns.count('|')}|", flush=True)
     for name, tokens in [*(("smollm2", n) for n in lengths), (random, random_length)]:
-        speed, peak = {}, {}
-        for which in ("plain", "ours"):
-            options = ["--kind", which, "--case", name, "--length", str(tokens), "--rounds", str(rounds)]
-            options += ["--device", device]
-            done = subprocess.run([sys.executable, __file__, *options], check=True, stdout=subprocess.PIPE, text=True)
-            got = json.loads(done.stdout.strip().splitlines()[-1])
-            speed[which], peak[which] = got["tokens_per_second"], got["peak_mb"]
-        print(
-            f"| {name} | {tokens} | {speed['plain']:.0f} | {speed['ours']:.0f} | {speed['ours'] / speed['plain']:.2f} "
-            f"| {peak['plain']:,.0f} | {peak['ours']:,.0f} | {peak['ours'] / peak['plain']:.2f} |",
-            flush=True,
+        options = ["--case", name, "--length", str(tokens), "--steps", str(steps), "--rounds", str(rounds)]
+        pairs = [
+            [_measured(which, [*options, "--device", device]) for which in ("plain", "ours")] for _ in range(repeats)
+        ]
+        plain, ours = (
+            {key: statistics.median(x[key] for x in found) for key in found[0]} for found in zip(*pairs, strict=True)
         )
+        gained = sorted(mine["tokens_per_second"] / theirs["tokens_per_second"] for theirs, mine in pairs)
+        speeds = f"{plain['tokens_per_second']:.0f} | {ours['tokens_per_second']:.0f} | {statistics.median(gained):.2f}"
+        peaks = f"{plain['peak_mb']:,.0f} | {ours['peak_mb']:,.0f} | {ours['peak_mb'] / plain['peak_mb']:.2f}"
+        print(f"| {name} | {tokens} | {speeds} ({gained[0]:.2f}–{gained[-1]:.2f}) | {peaks} |", flush=True)
+
+
+def _measured(kind: str, options: list[str]) -> dict[str, float]:
+    """What a process of its own measures."""
+    command = [sys.executable, __file__, "--kind", kind, *options]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    return dict(json.loads(done.stdout.strip().splitlines()[-1]))
 
 
 if __name__ == "__main__":

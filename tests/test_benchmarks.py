@@ -405,6 +405,21 @@ def test_a_training_step_is_measured(monkeypatch, capsys, kind):
     assert measured["peak_mb"] >= 0
 
 
+def test_training_steps_take_turns_and_their_ratios_are_told_with_their_spread(monkeypatch, capsys):
+    train, speeds = _script("train"), iter([100, 200, 50, 200, 100, 220])
+
+    def run(command, **_):
+        given = auto_parser(train.main, as_positional=False).parse_args(command[2:])
+        assert (given.case, given.length, given.steps, given.rounds) == ("wide", 64, 5, 2)
+        found = {"tokens_per_second": next(speeds), "peak_mb": {"plain": 90, "ours": 30}[given.kind]}
+        return SimpleNamespace(stdout=f"a warning\n{json.dumps(found)}\n")
+
+    monkeypatch.setattr(train.subprocess, "run", run)
+    train.main(lengths=[], random_length=64, steps=5, rounds=2, repeats=3)
+    *_, line = capsys.readouterr().out.strip().splitlines()
+    assert line == "| wide | 64 | 100 | 200 | 2.20 (2.00–4.00) | 90 | 30 | 0.33 |"
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a card")
 def test_measurements_for_a_card_say_that_there_is_none():
     with pytest.raises(SystemExit, match=r"gpu\.py needs a CUDA device"):
