@@ -228,7 +228,7 @@ def _spread(x: Tensor, rows: Tensor | None, like: Tensor) -> Tensor:
 
 def _gathered(x: Tensor, rows: Tensor | None) -> Tensor:
     """Some rows of [B, heads, L, ..], as [1, heads, R, ..]; its inverse."""
-    return x if rows is None else x.transpose(1, 2).flatten(0, 1)[rows].transpose(0, 1)[None]
+    return x if rows is None else x.transpose(1, 2).flatten(0, 1)[rows][None].transpose(1, 2)
 
 
 def _grouped(x: Tensor, shared: Tensor) -> Tensor:

@@ -170,7 +170,7 @@ class _ChunkedLoss(torch.autograd.Function):
         ]
         chunk, most, _ = sizes(kind)
         buffer = torch.empty(min(most, len(x)), len(weight), dtype=dtype, device=x.device)  # of logits, then of slopes
-        size, share = max(1, chunk // len(weight)), part_size(len(weight), kind)
+        size, share = max(1, min(chunk // len(weight), len(buffer))), part_size(len(weight), kind)
         compare = _ForwardKL(teacher, size) if objective is forward_kl else _Autograd(teacher, objective)
         for first in range(0, len(x), most):
             group = x[first : first + most]

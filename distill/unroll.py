@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import smooth_l1_loss
+from torch.nn.functional import embedding, smooth_l1_loss
 
 from slipstream.configs.errors import SlipstreamError
 from slipstream.data.batches import MULTIPLE
@@ -101,6 +101,7 @@ def unroll(
     valid = _labelled(mask, starts, steps).flatten(1)
     rows = _filled_up(valid[0]).nonzero().squeeze(1)
     valid = valid[:, rows]  # [K, R], as all that follows
+    known = valid[0].nonzero().squeeze(1)
     # Teacher rows: token p+2+k is predicted by the target's logits at p+1+k, for all k.
     at = torch.arange(length, device=device) - (0 if starts is None else starts)  # [L], or [1, L]
     needed = torch.zeros(batch, length, dtype=torch.bool, device=device)
@@ -120,16 +121,16 @@ def unroll(
     pick = index[row_b, position.clamp(max=length - 1)].where(valid, 0)
     # The first step's keys are looked at from other rows too; what later ones make of a row, it alone looks at.
     attend, at = UnrollAttention(starts, rows), at.expand(batch, -1)
-    outputs = [head(_shift(embedded, 1), hidden, at, attend).flatten(0, 1).index_select(0, rows)]
+    outputs = [_taken(head(_shift(embedded, 1), hidden, at, attend), rows)]
     for k in range(1, steps):
         if head.config.kind == "parallel":
-            embedding, hidden = head.masks(1, len(rows))
+            tokens, hidden = head.masks(1, len(rows))
         else:
             ahead = row_b * length + (row_p + 1 + k).clamp(max=length - 1)
-            embedding, hidden = embedded.flatten(0, 1).index_select(0, ahead)[None], outputs[-1][None]
-        outputs.append(head(embedding, hidden, at.flatten()[rows][None] + k, attend)[0])
+            tokens, hidden = _taken(embedded, ahead), outputs[-1]
+        outputs.append(head(tokens, hidden, at.flatten()[rows][None] + k, attend))
     counted = valid & teacher.covered[pick]
-    output = torch.stack(outputs)
+    output = torch.cat(outputs)
     weights = counted * scale[:, None]
     total, losses, guess = head_loss(head, output.flatten(0, 1), teacher, pick.flatten(), weights.flatten(), objective)
     losses = losses.view_as(pick)
@@ -141,7 +142,6 @@ def unroll(
     survived = hits.cumprod(0)
     lasting = valid.all(0)
     hit = (survived * lasting).sum(1)
-    known = valid[0]
     accepted, positions = survived.sum(0)[known], (row_b[known], row_p[known])
     return Unrolled(total, losses.sum(1), counted.sum(1), hit, lasting.sum(), accepted, positions)
 
@@ -150,6 +150,11 @@ def _filled_up(wanted: Tensor) -> Tensor:
     """The rows wanted, bool [n], and as many others as make sizes that come again: a kernel is prepared for each."""
     others = ~wanted
     return wanted | (others & (others.cumsum(0) <= -int(wanted.sum()) % MULTIPLE))
+
+
+def _taken(x: Tensor, rows: Tensor) -> Tensor:
+    """Some rows of x [B, L, H], counted through, as [1, R, H]."""
+    return embedding(rows[None], x.flatten(0, 1))
 
 
 def _noised(features: Tensor, width: float, generator: torch.Generator | None) -> Tensor:

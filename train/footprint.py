@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     from slipstream.distill.target import Target
 
 ANSWERS = 160  # rows that `slipstream regenerate` answers at once
-_OBJECTIVE = {"forward_kl": 4}  # tensors as large as a chunk's logits that it and its gradient make; others, 8
+_OBJECTIVE = {"forward_kl": 5}  # tensors as large as a chunk's logits that it and its gradient make; others, 8
+_WRITTEN_OUT = 4  # of forward KL alone, whose gradient is written out
 _SCORES = 4  # tensors as large as a block's scores that attention makes on the way back
 _STATE = {torch.optim.AdamW: 8, torch.optim.Muon: 4}  # bytes an optimizer keeps of a weight
 
@@ -174,7 +175,8 @@ def _loss_bytes(recipe: Recipe, head: DraftHead, kind: str) -> int:
     layer = vocabulary * width * precision * copies + trained * 4 + part
     chunk, group, _ = sizes(kind)
     slopes = min(group, outputs) * vocabulary * precision
-    made = max(_OBJECTIVE.get(name, 8) for name in recipe.distill.objectives)
+    alone = recipe.distill.objectives == {"forward_kl": 1}
+    made = _WRITTEN_OUT if alone else max(_OBJECTIVE.get(name, 8) for name in recipe.distill.objectives)
     return outputs * width * precision + layer + slopes + made * 4 * min(chunk, outputs * vocabulary)
 
 
