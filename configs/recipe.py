@@ -112,7 +112,7 @@ class HeadSettings:
         init: A head's folder to go on from; its own shape and vocabulary hold, and nothing above is read.
         lora_rank: Train low-rank updates of that head only (peft); they are merged in the end, and kept beside the head.
         from_target: Start fc at the highest captured layer, lm_head at the target's own rows and, in a head of kind `eagle3`
-            without the norms above, the MLP at that of the target's last layer, not at random.
+            without the norms above, the MLPs at those of the target's last layers, not at random.
     """
 
     kind: Literal["eagle3", "eagle1", "parallel"] = "eagle3"

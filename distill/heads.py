@@ -82,8 +82,7 @@ def _start_near(head: DraftHead, target: Target, vocabulary: Tensor) -> None:
 
     `fc` starts at the highest captured state and `lm_head` at the target's own rows, so that the untrained head already
     reads the target's late state through the target's own output matrix. Where the residual stream is the target's own,
-    without norms before `fc` or behind the layers (a plain `eagle3` head), the layers start at the target's last ones, but for
-    the first one's attention, which reads something else.
+    without norms before `fc` or behind the layers (a plain `eagle3` head), the MLPs start at those of the target's last layers.
     """
     config = head.config
     head.fc.weight.mul_(0.1)
@@ -95,39 +94,26 @@ def _start_near(head: DraftHead, target: Target, vocabulary: Tensor) -> None:
     if config.kind != "eagle3" or config.fc_norm or config.norm_before_fc or config.norm_output:
         return
     own: list[Any] = [head.midlayer, *head.layers]
-    for mine, theirs in zip(own, list(layers_of(target))[-len(own) :], strict=False):
-        _copy_alike(mine.mlp, getattr(theirs, "mlp", None), mine.post_attention_layernorm, _norm_before_mlp(theirs))
-        if mine is not head.midlayer:
-            norm = _norm(theirs, "input_layernorm")
-            _copy_alike(mine.self_attn, getattr(theirs, "self_attn", None), mine.input_layernorm, norm)
-
-
-def _copy_alike(mine: nn.Module, theirs: Any, my_norm: Any, their_norm: Any) -> None:
-    """Start the matrices of a part of a layer, and the norm before it, at the target's, if it has those and no others."""
-    names = [name for name, part in mine.named_children() if isinstance(part, nn.Linear)]
-    if their_norm is None or not all(_alike(getattr(theirs, name, None), getattr(mine, name).weight) for name in names):
-        return
-    if len(list(theirs.parameters())) > len(names):  # biases, norms of queries and keys
-        return
-    for name in names:
-        with align_module_device(getattr(theirs, name)):
-            getattr(mine, name).weight.copy_(getattr(theirs, name).weight.float())
-    with align_module_device(their_norm):
-        factors = their_norm(torch.ones_like(their_norm.weight))  # ones have size 1: what becomes of them multiplies
-        my_norm.weight.copy_(factors.float())
+    for mine, last in zip(reversed(own), reversed(layers_of(target)), strict=False):
+        mlp: Any = getattr(last, "mlp", None)
+        norm = _norm_before_mlp(last)
+        names = [name for name, _ in mine.mlp.named_children() if name != "act_fn"]
+        if norm is None or not all(_alike(getattr(mlp, name, None), getattr(mine.mlp, name).weight) for name in names):
+            continue
+        for name in names:
+            with align_module_device(getattr(mlp, name)):
+                getattr(mine.mlp, name).weight.copy_(getattr(mlp, name).weight.float())
+        with align_module_device(norm):
+            factors = norm(torch.ones_like(norm.weight))  # ones have size 1: what becomes of them multiplies
+            mine.post_attention_layernorm.weight.copy_(factors.float())
 
 
 def _norm_before_mlp(layer: nn.Module) -> Any:
     """The RMS norm that a layer's MLP reads, by transformers' names; None where there is none, or the MLP has one behind it."""
-    return None if hasattr(layer, "post_feedforward_layernorm") else _norm(layer, "post_attention_layernorm")
-
-
-def _norm(layer: nn.Module, name: str) -> Any:
-    """An RMS norm of a layer; None where there is none of that name."""
-    norm = getattr(layer, name, None)
-    return (
-        norm if not isinstance(norm, nn.LayerNorm) and isinstance(getattr(norm, "weight", None), nn.Parameter) else None
-    )
+    norm = getattr(layer, "post_attention_layernorm", None)
+    if hasattr(layer, "post_feedforward_layernorm") or isinstance(norm, nn.LayerNorm):
+        return None
+    return norm if isinstance(getattr(norm, "weight", None), nn.Parameter) else None
 
 
 def _alike(part: nn.Module | None, weight: Tensor) -> bool:
