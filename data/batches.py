@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 POOL = 64  # conversations of a pool of this many batches are sorted by length
-MULTIPLE = 32  # lengths of padded batches are multiples of this, where there is room
+MULTIPLE = 32  # of this are the sizes that training fills up, where there is room
 
 
 class Batch(NamedTuple):

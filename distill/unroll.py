@@ -117,20 +117,11 @@ def unroll(
     embedded = head.embed(target.embeddings(input_ids).to(device))
     hidden = head.fuse(features).to(embedded.dtype)  # under autocast too the residual stream keeps its precision
     row_b, row_p = rows // length, rows % length
-    position = row_p + 1 + torch.arange(steps, device=device)[:, None]  # the target's row that predicts the same token
-    pick = index[row_b, position.clamp(max=length - 1)].where(valid, 0)
-    # The first step's keys are looked at from other rows too; what later ones make of a row, it alone looks at.
-    attend, at = UnrollAttention(starts, rows), at.expand(batch, -1)
-    outputs = [_taken(head(_shift(embedded, 1), hidden, at, attend), rows)]
-    for k in range(1, steps):
-        if head.config.kind == "parallel":
-            tokens, hidden = head.masks(1, len(rows))
-        else:
-            ahead = row_b * length + (row_p + 1 + k).clamp(max=length - 1)
-            tokens, hidden = _taken(embedded, ahead), outputs[-1]
-        outputs.append(head(tokens, hidden, at.flatten()[rows][None] + k, attend))
+    # The token that step k of a row reads, [K, R]; the target's row there predicts the same token as the head's.
+    ahead = row_b * length + (row_p + 1 + torch.arange(steps, device=device)[:, None]).clamp(max=length - 1)
+    pick = index.flatten()[ahead].where(valid, 0)
+    output = drafted(head, embedded, hidden, at.expand(batch, -1), rows, ahead, starts)
     counted = valid & teacher.covered[pick]
-    output = torch.cat(outputs)
     weights = counted * scale[:, None]
     total, losses, guess = head_loss(head, output.flatten(0, 1), teacher, pick.flatten(), weights.flatten(), objective)
     losses = losses.view_as(pick)
@@ -144,6 +135,42 @@ def unroll(
     hit = (survived * lasting).sum(1)
     accepted, positions = survived.sum(0)[known], (row_b[known], row_p[known])
     return Unrolled(total, losses.sum(1), counted.sum(1), hit, lasting.sum(), accepted, positions)
+
+
+def drafted(
+    head: DraftHead,
+    embedded: Tensor,
+    hidden: Tensor,
+    position_ids: Tensor,
+    rows: Tensor,
+    ahead: Tensor,
+    starts: Tensor | None = None,
+) -> Tensor:
+    """Run the head's K steps: the first over all of [B, L], the others at some rows.
+
+    The first step's keys are looked at from other rows too; what later ones make of a row, it alone looks at.
+
+    Args:
+        head: The head.
+        embedded: Tokens as the head reads them, [B, L, H].
+        hidden: Fused features, [B, L, H].
+        position_ids: [B, L].
+        rows: Those rows, counted through, [R], ascending.
+        ahead: The token that step k of a row reads, counted through, [K, R].
+        starts: Where each token's conversation begins, [1, L]; None where every row is one.
+
+    Returns:
+        The recurrent features at those rows, [K, R, H].
+    """
+    attend, own = UnrollAttention(starts, rows), position_ids.flatten()[rows][None]
+    outputs = [_taken(head(_shift(embedded, 1), hidden, position_ids, attend), rows)]
+    for k in range(1, len(ahead)):
+        if head.config.kind == "parallel":
+            tokens, hidden = head.masks(1, len(rows))
+        else:
+            tokens, hidden = _taken(embedded, ahead[k]), outputs[-1]
+        outputs.append(head(tokens, hidden, own + k, attend))
+    return torch.cat(outputs)
 
 
 def _filled_up(wanted: Tensor) -> Tensor:

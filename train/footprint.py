@@ -12,10 +12,12 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from slipstream.distill.attention import UnrollAttention, block_size
+from slipstream.distill.attention import block_size
 from slipstream.distill.draft import DraftConfig, DraftMLP
 from slipstream.distill.loss import TEACHER_GROUP, part_size, sizes
+from slipstream.distill.objectives import forward_kl, weighted
 from slipstream.distill.shards import layers_of
+from slipstream.distill.unroll import drafted
 from slipstream.train.optimizer import make_optimizers
 
 if TYPE_CHECKING:
@@ -127,7 +129,7 @@ def unroll_bytes(recipe: Recipe, head: DraftHead, kind: str) -> int:
         kind: Of the device.
     """
     rows, length = padded(recipe.data)
-    config, kept, outputs = head.config, {}, []
+    config, kept = head.config, {}
 
     def keep(x: Tensor) -> Tensor:
         storage = x.untyped_storage()
@@ -148,15 +150,10 @@ def unroll_bytes(recipe: Recipe, head: DraftHead, kind: str) -> int:
         mixed = torch.autocast("cpu", torch.bfloat16, enabled=recipe.train.mixed_precision == "bf16")
         with mixed, torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
             features = torch.empty(rows, length, len(head.layer_ids) * config.target_hidden_size)
-            hidden, attend = twin.fuse(features).float(), UnrollAttention()
-            for step in range(recipe.distill.steps):
-                embedding = torch.empty(rows, length, config.hidden_size)
-                if step and config.kind == "parallel":
-                    embedding, hidden = twin.masks(rows, length)
-                hidden = twin(embedding, hidden, torch.arange(length).expand(rows, -1), attend)
-                outputs.append(
-                    twin.normed(hidden.flatten(0, 1)[torch.arange(rows * length)])
-                )  # a graph lives by its end
+            hidden, embedded = twin.fuse(features).float(), torch.empty(rows, length, config.hidden_size)
+            every, position = torch.arange(rows * length), torch.arange(length).expand(rows, -1)
+            output = drafted(twin, embedded, hidden, position, every, every.expand(recipe.distill.steps, -1))
+            _ = twin.normed(output.flatten(0, 1))  # a graph lives by its end
     graph = sum(size for storage, size in kept.items() if storage not in own)
     moment = (_loss_bytes(recipe, head, kind), _scores_bytes(recipe, head, kind), _mlp_bytes(recipe, head))
     return features.nbytes + graph + max(moment)
@@ -175,7 +172,7 @@ def _loss_bytes(recipe: Recipe, head: DraftHead, kind: str) -> int:
     layer = vocabulary * width * precision * copies + trained * 4 + part
     chunk, group, _ = sizes(kind)
     slopes = min(group, outputs) * vocabulary * precision
-    alone = recipe.distill.objectives == {"forward_kl": 1}
+    alone = weighted(recipe.distill.objectives) is forward_kl
     made = _WRITTEN_OUT if alone else max(_OBJECTIVE.get(name, 8) for name in recipe.distill.objectives)
     return outputs * width * precision + layer + slopes + made * 4 * min(chunk, outputs * vocabulary)
 
